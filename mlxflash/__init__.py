@@ -1,0 +1,1 @@
+"""Models larger than memory: feed-forward weights stay on flash."""
