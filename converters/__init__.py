@@ -1,0 +1,255 @@
+"""Checkpoint to bundle: one pass over the layers, with the memory of a layer or two whatever the model's size.
+
+A bundle grows in `DST.partial` and is renamed when it is whole; an interrupted conversion finds its finished layers
+there and goes on, or starts over when source or options differ. One file per FFN layout says what a unit's parts are.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxflash.bundle import Bundle, BundleError, Layer, LayerWriter, Manifest, Part, Record, make_record, write_manifest
+from mlxflash.bundle import file_bytes as layer_file_bytes
+from mlxflash.converters import plain
+from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
+from mlxflash.predictor import low_bit_matrix, save_low_bit
+
+LAYOUTS: dict[str, Any] = {"plain": plain}
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+SHARD_BYTES = 256 << 20  # resident weights are written in shards, so that no more than one is in memory
+BLOCK_BYTES = 64 << 20  # of records assembled at a time
+KEPT_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "generation_config.json")
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, out of
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    predictor: bool = True,
+    progress: Progress = lambda what, done, total: None,
+    finish: Callable[[Bundle], dict[str, Any]] | None = None,
+) -> Bundle:
+    """Convert a checkpoint directory into the bundle directory `target`, which must not exist.
+
+    dtype: of the float parts (None: the checkpoint's). bits: 8 or 4 quantises every matrix in groups of `group_size`
+    along its input (None: floats). predictor: make the low-bit predictor. finish: called with the bundle before it
+    is renamed, returns its calibration. Raises ValueError (CheckpointError, BundleError) with one sentence, OSError
+    when the disk fails; `target` then does not exist.
+    """
+    checkpoint, target = Checkpoint(Path(source)), Path(target)
+    if target.exists():
+        raise BundleError(f"{target}: already exists; remove it or choose another name")
+    dtype = dtype or _dtype_of(checkpoint)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown: {', '.join(DTYPES)} are there")
+    if bits not in (None, 4, 8):
+        raise ValueError(f"{bits} bits: 8 and 4 are there")
+    layout = LAYOUTS[checkpoint.family.layout]
+    job = _Job(checkpoint, layout, target, dtype, bits, group_size, predictor)
+    job.prepare()
+    try:
+        for index in range(checkpoint.num_layers()):
+            progress("layers", index, checkpoint.num_layers())
+            job.write_layer(index)
+        progress("layers", checkpoint.num_layers(), checkpoint.num_layers())
+        job.write_resident(progress)
+        bundle = Bundle(job.partial, job.manifest({}))
+        calibration = finish(bundle) if finish else {}
+        job.finish(calibration)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; what is done is kept in {job.partial}", str(target)) from None
+    return Bundle.open(target)
+
+
+def _dtype_of(checkpoint: Checkpoint) -> str:
+    """The dtype of most of the checkpoint's weights."""
+    count: dict[str, int] = {}
+    for name, shape in checkpoint.shapes.items():
+        count[checkpoint.dtypes[name]] = count.get(checkpoint.dtypes[name], 0) + int(np.prod(shape, dtype=np.int64))
+    return max(count, key=lambda d: count[d])
+
+
+class _Job:
+    """One conversion under way in `target.partial`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Any,
+        target: Path,
+        dtype: str,
+        bits: int | None,
+        group_size: int,
+        predictor: bool,
+    ):
+        self.checkpoint, self.layout, self.target = checkpoint, layout, target
+        self.dtype, self.bits, self.group_size = dtype, bits, group_size
+        self.partial = target.with_name(target.name + ".partial")
+        up = checkpoint.shapes[f"{checkpoint.ffn_path(0)}.{checkpoint.family.parts['up']}.weight"]
+        self.d_model = up[1]
+        if bits and self.d_model % group_size:
+            raise ValueError(f"-q {bits}: groups of {group_size} do not divide a model width of {self.d_model}")
+        self.predictor = predictor and self.d_model % 32 == 0
+        self.record = self._record()
+        self.layers: list[Layer] = []
+        for index in range(checkpoint.num_layers()):
+            name = f"{checkpoint.ffn_path(index)}.{checkpoint.family.parts['up']}.weight"
+            self.layers.append(Layer(f"layers/{index:03d}.bundle", checkpoint.shapes[name][0]))
+
+    def _record(self) -> Record:
+        d, parts = self.d_model, []
+        for name in self.layout.STREAMED:
+            if self.bits:
+                groups = d // self.group_size
+                scales = "float16" if self.dtype == "float32" else self.dtype
+                parts.append(Part(name, "uint32", (d * self.bits // 32,), 0))
+                parts.append(Part(f"{name}_scales", scales, (groups,), 0))
+                parts.append(Part(f"{name}_biases", scales, (groups,), 0))
+            else:
+                parts.append(Part(name, self.dtype, (d,), 0))
+        present = self.layout.residents(self.checkpoint, 0)
+        parts += [Part(name, "float32", (), None) for name in self.layout.PER_UNIT if name in present]
+        return make_record(parts)
+
+    def manifest(self, calibration: dict[str, Any]) -> Manifest:
+        quantization = {"bits": self.bits, "group_size": self.group_size, "mode": "affine"} if self.bits else None
+        return Manifest(
+            model_type=self.checkpoint.config["model_type"],
+            layout=self.checkpoint.family.layout,
+            activation=self.checkpoint.activation,
+            dtype=self.dtype,
+            d_model=self.d_model,
+            quantization=quantization,
+            record=self.record,
+            layers=tuple(self.layers),
+            source=self.checkpoint.path.name,
+            calibration=calibration,
+        )
+
+    def prepare(self) -> None:
+        """Make `target.partial`, or take over one that this same job left behind."""
+        made_by = {
+            "checkpoint": self.checkpoint.fingerprint(),
+            "manifest": self.manifest({}).to_json(),
+            "predictor": self.predictor,
+        }
+        file = self.partial / "conversion.json"
+        try:
+            same = json.loads(file.read_text()) == json.loads(json.dumps(made_by))
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            if self.partial.exists():
+                shutil.rmtree(self.partial)
+            (self.partial / "layers").mkdir(parents=True)
+            if self.predictor:
+                (self.partial / "predictors" / "low-bit").mkdir(parents=True)
+            file.write_text(json.dumps(made_by))
+
+    def write_layer(self, index: int) -> None:
+        """One bundle file and its predictor, unless an earlier run finished them."""
+        file = self.partial / self.layers[index].file
+        guess = self.partial / "predictors" / "low-bit" / f"{index:03d}.safetensors"
+        units = self.layers[index].units
+        whole = file.exists() and file.stat().st_size == layer_file_bytes(units, self.record)
+        if whole and (guess.exists() or not self.predictor):
+            return
+        matrices = self.layout.matrices(self.checkpoint, index)
+        writer = LayerWriter(file, index, units, self.record)
+        try:
+            step = max(1, BLOCK_BYTES // self.record.stride)
+            for first in range(0, units, step):
+                writer.write(self._records({k: v[first : first + step] for k, v in matrices.items()}))
+            writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
+        if self.predictor:
+            deciding = matrices["gate" if "gate" in matrices else "up"]
+            save_low_bit(guess, low_bit_matrix(deciding), np.zeros(units, np.float32))
+
+    def _records(self, matrices: dict[str, mx.array]) -> np.ndarray:
+        """Assemble records, uint8 [n, stride], from matrices [n, d_model]."""
+        count = len(next(iter(matrices.values())))
+        out = np.zeros((count, self.record.stride), np.uint8)
+        for name, matrix in matrices.items():
+            arrays = {name: matrix.astype(DTYPES[self.dtype])}
+            if self.bits:
+                words, scales, biases = mx.quantize(matrix.astype(mx.float32), self.group_size, self.bits)
+                arrays = {name: words, f"{name}_scales": scales, f"{name}_biases": biases}
+            for part_name, array in arrays.items():
+                part = self.record[part_name]
+                assert part.offset is not None
+                if part.dtype != "uint32":
+                    array = array.astype(DTYPES[part.dtype])
+                if not mx.isfinite(array.astype(mx.float32)).all().item() and part.dtype != "uint32":
+                    raise CheckpointError(f"{self.checkpoint.path}: weights of {name!r} overflow {part.dtype}")
+                out[:, part.offset : part.offset + part.num_bytes] = _bytes(array)
+        return out
+
+    def write_resident(self, progress: Progress) -> None:
+        """Everything outside the FFNs, quantised like mlx-lm does, and the FFNs' resident parts."""
+        for old in self.partial.glob("resident*.safetensors"):
+            old.unlink()
+        ffns = tuple(self.checkpoint.ffn_path(i) + "." for i in range(len(self.layers)))
+        names = [name for name in self.checkpoint.names() if not name.startswith(ffns)]
+        quantisable = self.checkpoint.quantisable() if self.bits else set()
+        shard: dict[str, mx.array] = {}
+        count = 0
+
+        def flush() -> None:
+            nonlocal count
+            if shard:
+                file = self.partial / f"resident-{count:05d}.safetensors"
+                mx.save_safetensors(str(file), shard)
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+                shard.clear()
+                count += 1
+
+        for done, name in enumerate(names):
+            progress("resident weights", done, len(names))
+            array, module = self.checkpoint.tensor(name), name.removesuffix(".weight")
+            if module in quantisable and array.shape[-1] % self.group_size == 0 and name.endswith(".weight"):
+                words, scales, biases = mx.quantize(array.astype(mx.float32), self.group_size, self.bits)
+                kind = mx.float16 if self.dtype == "float32" else DTYPES[self.dtype]
+                new = {name: words, f"{module}.scales": scales.astype(kind), f"{module}.biases": biases.astype(kind)}
+            else:
+                new = {name: array.astype(DTYPES[self.dtype])}
+            mx.eval(list(new.values()))
+            shard.update(new)
+            if sum(a.nbytes for a in shard.values()) >= SHARD_BYTES:
+                flush()
+        for index in range(len(self.layers)):
+            for part, array in self.layout.residents(self.checkpoint, index).items():
+                shard[f"ffn.{index}.{part}"] = array.astype(DTYPES[self.dtype])
+        flush()
+        progress("resident weights", len(names), len(names))
+        for pattern in ("config.json", *KEPT_FILES):
+            for file in self.checkpoint.path.glob(pattern):
+                if file.is_file():
+                    shutil.copy(file, self.partial / file.name)
+
+    def finish(self, calibration: dict[str, Any]) -> None:
+        (self.partial / "conversion.json").unlink()
+        write_manifest(self.partial, self.manifest(calibration))
+        os.rename(self.partial, self.target)
+
+
+def _bytes(array: mx.array) -> np.ndarray:
+    """The bytes of each row of a 2-D array, uint8 [rows, bytes]."""
+    array = mx.contiguous(array)
+    mx.eval(array)
+    return np.frombuffer(memoryview(array).cast("B"), np.uint8).reshape(array.shape[0], -1)

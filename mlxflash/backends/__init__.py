@@ -1,0 +1,118 @@
+"""Where units live and how the FFN is computed on them: one file per device behind one small interface.
+
+A backend makes `Rows` (memory for units of one layer), multiplies by resident matrices, and says in which dtype
+activations are. The rest of the package never asks which device it runs on.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxflash.bundle import Manifest, Record
+from mlxflash.pool import Landing, Source, Staging
+from mlxflash.reader import Reader
+
+
+@dataclass(frozen=True)
+class FFN:
+    """What the parts of a record mean: `plain` is act(up.x) * down, `gated` is act(gate.x) * (up.x) * down."""
+
+    layout: str
+    activation: str
+    record: Record
+    d_model: int
+    bits: int = 0  # 0: parts are float rows, else words, scales and biases in groups along d_model
+    group_size: int = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "FFN":
+        q = manifest.quantization or {"bits": 0, "group_size": 0}
+        return cls(manifest.layout, manifest.activation, manifest.record, manifest.d_model, q["bits"], q["group_size"])
+
+    @property
+    def first(self) -> str:
+        """The part whose product with x decides whether a unit is active."""
+        return "gate" if self.layout == "gated" else "up"
+
+
+class Rows(Protocol):
+    """Slots for units of one layer and the FFN on them. The window's view of it is `window.Rows`."""
+
+    capacity: int
+
+    def land(self, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray) -> Landing: ...
+
+    def move(self, sources: np.ndarray, slots: np.ndarray) -> None: ...
+
+    def take(self, slots: np.ndarray, other: Any, sources: np.ndarray) -> None: ...
+
+    def settle(self, discard: bool = False) -> None:
+        """Finish, or `discard`, computations that still read rows: they may be overwritten afterwards."""
+
+    def ffn(
+        self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
+    ) -> tuple[mx.array, np.ndarray | None]:
+        """The FFN of rows [0, n) for x [tokens, d_model]: y [tokens, d_model], without the layer's output bias.
+
+        `keep`, bool [n], leaves rows out. With `watch` the second value is bool [watch, n]: which rows were active
+        (a product other than zero) for each of the last `watch` tokens. What lies in rows from n on, NaN included,
+        never reaches y.
+        """
+
+
+class Backend(Protocol):
+    """One device."""
+
+    name: str
+
+    def activation_dtype(self, manifest: Manifest) -> mx.Dtype: ...
+
+    def rows(self, ffn: FFN, capacity: int, staging: Staging) -> Rows: ...
+
+    def slot_bytes(self, ffn: FFN) -> int:
+        """Memory that one slot of `rows` takes."""
+
+    def project(self, x: mx.array, weight: "Matrix") -> np.ndarray:
+        """x [tokens, columns] times a resident matrix, float32 [tokens, rows] on the host."""
+
+    def place(self, model: nn.Module) -> None:
+        """Put resident modules where this device computes best; called once, after loading."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A resident matrix [rows, columns], float or quantised in groups along its columns."""
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    bits: int = 0
+    group_size: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
+
+
+def make_backend(device: str | None = None) -> Backend:
+    """The backend for `device`: "metal", "cpu" or "mlx-cpu" (MLX's own CPU operations); None picks the best here."""
+    from mlxflash._native import core
+    from mlxflash.backends.metal import MLXBackend
+
+    has_gpu = mx.metal.is_available()
+    if device is None:
+        device = "metal" if has_gpu else "cpu"
+    if device == "metal":
+        if not has_gpu:
+            raise ValueError("device metal: this MLX has no Metal; use --device cpu")
+        return MLXBackend(mx.gpu)
+    if device == "cpu" and core is not None:
+        from mlxflash.backends.cpu import CPUBackend
+
+        return CPUBackend()
+    if device in ("cpu", "mlx-cpu"):
+        return MLXBackend(mx.cpu)
+    raise ValueError(f"unknown device {device!r}: metal, cpu and mlx-cpu are there")

@@ -1,0 +1,73 @@
+"""Model families: which class computes a `model_type`, and how its feed-forward weights are named and laid out.
+
+Adding a family is one row here (and a model file beside this one where mlx-lm lacks it or would compute it wrongly).
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`. Parts map to parameter paths relative to the FFN module, as in `{"up": "fc1"}`."""
+
+    module: str  # where Model and ModelArgs are
+    layout: str  # plain | gated
+    ffn: str  # attribute of a layer that is the FFN
+    parts: dict[str, str]
+    activation_key: str  # of config.json
+    activations: dict[str, str]  # config.json's word -> ours; any other is refused
+    positions_key: str = "max_position_embeddings"
+
+
+FAMILIES = {
+    "opt": Family(
+        module="mlxflash.models.opt",
+        layout="plain",
+        ffn="mlp",
+        parts={"up": "fc1", "down": "fc2"},
+        activation_key="activation_function",
+        activations={"relu": "relu"},
+    ),
+}
+
+
+def family_of(config: dict[str, Any], where: str) -> tuple[Family, str]:
+    """The family of a checkpoint's config and its activation in our words; ValueError names what is not supported."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[kind]
+    word = config.get(family.activation_key)
+    if word not in family.activations:
+        raise ValueError(
+            f"{where}: {family.activation_key} {word!r} is not supported for {kind}; "
+            f"supported: {', '.join(sorted(family.activations))}"
+        )
+    return family, family.activations[word]
+
+
+def build_model(config: dict[str, Any], where: str, base: type | None = None) -> nn.Module:
+    """The family's model with weights not yet loaded (lazy, they take no memory); `base` is mixed into its class."""
+    family, _ = family_of(config, where)
+    module = importlib.import_module(family.module)
+    cls = module.Model if base is None else type(module.Model.__name__, (base, module.Model), {})
+    try:
+        model: nn.Module = cls(module.ModelArgs.from_dict(config))
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return model
+
+
+def max_positions(config: dict[str, Any]) -> int:
+    return int(config[FAMILIES[config["model_type"]].positions_key])
+
+
+def kv_values_per_token(config: dict[str, Any]) -> int:
+    """Numbers that one token adds to the key-value cache, all layers together."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return int(2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim)

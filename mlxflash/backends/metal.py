@@ -1,0 +1,204 @@
+"""Rows in MLX arrays and the FFN in plain MLX operations: Apple Silicon, and MLX's CPU device to check it there.
+
+Unified memory: reads land in the arrays through host views. Rules that keep this safe (measured, see the law tests):
+an array with a host view is never assigned to by MLX; every computation that reads a row is evaluated before the row
+is overwritten (`settle`); slices handed to MLX are prefixes, so that nothing is copied.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxflash.backends import FFN, Matrix
+from mlxflash.bundle import ITEM_BYTES, Manifest
+from mlxflash.pool import Landing, PartRows, RecordRows, Source, Staging
+from mlxflash.reader import Reader
+
+PAGE = 16384
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16, "uint32": mx.uint32}
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "relu2": lambda x: mx.square(nn.relu(x)),
+    "silu": nn.silu,
+    "gelu": nn.gelu,
+    "gelu_tanh": nn.gelu_approx,
+}
+
+
+def shared_array(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
+    """An MLX array on page-aligned memory and a writable view of its bytes.
+
+    The view keeps the memory alive; because it and the array share one buffer MLX never updates the array in place.
+    """
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.size
+    raw = mx.zeros((-(-(num_bytes + PAGE) // 4),), mx.uint32)  # uint32: dimensions are int32, pools pass 2 GiB
+    mx.eval(raw)
+    view = memoryview(raw).cast("B")
+    skip = -np.frombuffer(view, np.uint8).ctypes.data % PAGE // 4
+    array = raw[skip : skip + -(-num_bytes // 4)]
+    array = array.view(dtype)[: num_bytes // dtype.size].reshape(shape)
+    mx.eval(array)
+    return array, view[4 * skip : 4 * skip + num_bytes]
+
+
+def views_alias(device: Any) -> bool:
+    """Whether bytes written through a host view are what MLX computes with, on this machine and this MLX."""
+    try:
+        array, view = shared_array((4, 8), mx.float32)
+    except (ValueError, RuntimeError, BufferError):
+        return False
+    with mx.stream(device):
+        for value in (1.0, 3.0):
+            np.frombuffer(view, np.float32)[:] = value
+            if mx.sum(array[:2]).item() != 16 * value:
+                return False
+    return True
+
+
+class MLXBackend:
+    """MLX arrays and operations on one MLX device; `record_rows` keeps a unit's parts in one contiguous slot.
+
+    Metal takes column splits of record-shaped rows without a copy, MLX's CPU and every quantised kernel want each
+    part row-contiguous.
+    """
+
+    def __init__(self, device: Any, record_rows: bool | None = None, alias: bool | None = None):
+        self.name = "metal" if device == mx.gpu else "mlx-cpu"
+        self._device = device
+        self._record_rows = device == mx.gpu if record_rows is None else record_rows
+        self._alias = views_alias(device) if alias is None else alias
+
+    def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
+        """The weights' dtype; on the CPU float32 beside quantised weights, whose half-precision kernels crawl."""
+        if manifest.quantization is not None and self._device == mx.cpu:
+            return mx.float32
+        return DTYPES[manifest.dtype]
+
+    def rows(self, ffn: FFN, capacity: int, staging: Staging) -> "MLXRows":
+        return MLXRows(ffn, capacity, staging, self._record_rows and not ffn.bits, self._alias)
+
+    def slot_bytes(self, ffn: FFN) -> int:
+        streamed = ffn.record.stride if self._record_rows and not ffn.bits else ffn.record.num_bytes
+        return streamed + 4 * sum(p.offset is None for p in ffn.record.parts)
+
+    def project(self, x: mx.array, weight: Matrix) -> np.ndarray:
+        if weight.bits:
+            y = mx.quantized_matmul(
+                x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
+            )
+        else:
+            y = x @ weight.weight.T
+        return np.asarray(y.astype(mx.float32))
+
+    def place(self, model: nn.Module) -> None:
+        """Modules stay as MLX made them."""
+
+
+class MLXRows:
+    """Rows of units in MLX arrays; see backends.Rows."""
+
+    def __init__(self, ffn: FFN, capacity: int, staging: Staging, record_rows: bool, alias: bool):
+        self.capacity = capacity
+        self._ffn, self._alias = ffn, alias
+        self._pending: mx.array | None = None
+        self._arrays: dict[str, mx.array] = {}
+        self._host: dict[str, tuple[memoryview, mx.Dtype, tuple[int, ...]]] = {}
+        self._resident: dict[str, np.ndarray] = {}
+        self._columns: dict[str, slice] = {}
+        record = ffn.record
+        streamed = [p for p in record.parts if p.offset is not None]
+        self._memory: Any
+        if record_rows:
+            item = ITEM_BYTES[streamed[0].dtype]
+            view = self._make("record", (capacity, record.stride // item), DTYPES[streamed[0].dtype])
+            for p in streamed:
+                assert p.offset is not None
+                self._columns[p.name] = slice(p.offset // item, (p.offset + p.num_bytes) // item)
+            self._memory = RecordRows(record, view, staging)
+        else:
+            views = {p.name: self._make(p.name, (capacity, *p.shape), DTYPES[p.dtype]) for p in streamed}
+            self._memory = PartRows(record, views, staging)
+        for p in record.parts:
+            if p.offset is None:
+                view = self._make(p.name, (capacity,), mx.float32)
+                self._resident[p.name] = np.frombuffer(view, np.float32)
+
+    def _make(self, name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> memoryview:
+        if self._alias:
+            self._arrays[name], view = shared_array(shape, dtype)
+        else:
+            view = memoryview(bytearray(int(np.prod(shape, dtype=np.int64)) * dtype.size))
+            self._host[name] = view, dtype, shape[1:]
+        return view
+
+    def land(self, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray) -> Landing:
+        for name, rows in self._resident.items():
+            rows[slots] = source.resident[name][units]
+        landing: Landing = self._memory.land(reader, source.file, units, slots)
+        return landing
+
+    def move(self, sources: np.ndarray, slots: np.ndarray) -> None:
+        self._memory.move(sources, slots)
+        for rows in self._resident.values():
+            rows[slots] = rows[sources]
+
+    def take(self, slots: np.ndarray, other: "MLXRows", sources: np.ndarray) -> None:
+        self._memory.take(slots, other._memory, sources)
+        for name, rows in self._resident.items():
+            rows[slots] = other._resident[name][sources]
+
+    def settle(self, discard: bool = False) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None and not discard:
+            mx.eval(pending)
+
+    def _rows(self, name: str, n: int) -> mx.array:
+        """The live prefix of a part, without a copy; where views do not alias, a copy of the host's rows."""
+        stored = "record" if name in self._columns else name
+        if self._alias:
+            rows = self._arrays[stored][:n]
+        else:
+            view, dtype, shape = self._host[stored]
+            bits = {2: np.uint16, 4: np.uint32}[dtype.size]
+            raw = np.frombuffer(view, bits).reshape(self.capacity, *shape)[:n]
+            rows = mx.array(raw).view(dtype)
+        return rows[:, self._columns[name]] if name in self._columns else rows
+
+    def _product(self, x: mx.array, name: str, n: int, transpose: bool) -> mx.array:
+        if not self._ffn.bits:
+            rows = self._rows(name, n)
+            return x @ (rows.T if transpose else rows)
+        return mx.quantized_matmul(
+            x,
+            self._rows(name, n),
+            self._rows(name + "_scales", n),
+            self._rows(name + "_biases", n),
+            transpose,
+            self._ffn.group_size,
+            self._ffn.bits,
+        )
+
+    def ffn(
+        self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
+    ) -> tuple[mx.array, np.ndarray | None]:
+        if n == 0:  # the quantised kernels of MLX's CPU device die of zero rows
+            return mx.zeros_like(x), np.zeros((watch, 0), bool) if watch else None
+        first = self._product(x, self._ffn.first, n, True)
+        if (bias := f"{self._ffn.first}_bias") in self._resident:
+            first = first + self._rows(bias, n).astype(x.dtype)
+        h = ACTIVATIONS[self._ffn.activation](first)
+        if self._ffn.layout == "gated":
+            h = h * self._product(x, "up", n, True)
+        if keep is not None:
+            h = mx.where(mx.array(keep), h, mx.zeros((), h.dtype))
+        y = self._product(h, "down", n, False).astype(x.dtype)
+        active = None
+        if watch:
+            used = h[-watch:] != 0
+            mx.eval(y, used)
+            active = np.asarray(used)
+        self._pending = y
+        return y, active

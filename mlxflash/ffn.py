@@ -1,0 +1,165 @@
+"""The FFN that stands where mlx-lm had an MLP: which units, bring them, compute.
+
+One token goes `predictor -> window -> rows`. A prompt, or a layer whose every unit is needed, goes through `_stream`:
+the rows held are computed where they are, all others pass by in large blocks, so the result is exact.
+"""
+
+import time
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxflash.backends import Rows
+from mlxflash.pool import Landing, Source
+from mlxflash.predictor import Predictor
+from mlxflash.reader import Reader
+from mlxflash.window import Window
+
+SEED_TOKENS = 8  # of a prompt: their active units are worth more than older ones'; the pool's size has the last word
+
+
+class Blocks:
+    """Two buffers that every layer's stream takes in turn: one is read while the other is computed.
+
+    `gap` is how many held records between two wanted ones are cheaper to read again than to step over.
+    """
+
+    def __init__(self, pair: tuple[Rows, Rows], gap: int):
+        self.pair, self.gap = pair, gap
+        self._landing: Landing | None = None
+
+    def start(self, i: int, reader: Reader, source: Source, units: np.ndarray) -> None:
+        """Read block number `i` of a stream, `units`, into its buffer."""
+        self._landing = self.pair[i % 2].land(reader, source, units, np.arange(len(units)))
+
+    def wait(self) -> None:
+        if self._landing is not None:
+            landing = self._landing
+            landing.wait()
+            self._landing = None
+
+    def drain(self) -> None:
+        """Let a read that an abandoned stream left behind come to rest."""
+        try:
+            self.wait()
+        except OSError:
+            self._landing = None
+
+
+@dataclass
+class Times:
+    """Where a model's time went, in seconds: flash is waiting for reads, manage is window upkeep."""
+
+    flash: float = 0.0
+    manage: float = 0.0
+    predict: float = 0.0
+
+
+@dataclass
+class FlashLayer:
+    """What one layer's FFN works with."""
+
+    units: int
+    source: Source
+    rows: Rows
+    window: Window
+    blocks: Blocks
+    reader: Reader
+    predictor: Predictor | None  # None: every unit is needed
+    down_bias: mx.array | None
+    times: Times
+    num_decoded: int = 0  # tokens that went through the window
+
+
+class FlashFFN(nn.Module):
+    """x [batch, tokens, d_model] to the FFN's output, of the same shape and dtype."""
+
+    def __init__(self, layer: FlashLayer):
+        super().__init__()
+        self._layer = layer
+
+    def __call__(self, x: mx.array) -> mx.array:
+        layer = self._layer
+        if layer.reader.closed:
+            raise ValueError("this model is closed; load it again")
+        tokens = x.reshape(-1, x.shape[-1])
+        if layer.window.num_rows == layer.units:
+            y, _ = layer.rows.ffn(tokens, layer.units)
+        elif layer.predictor is None or x.shape[1] > 1:
+            y = self._stream(tokens)
+        else:
+            y = self._sparse(tokens)
+        if layer.down_bias is not None:
+            y = y + layer.down_bias
+        return y.reshape(x.shape)
+
+    def _sparse(self, x: mx.array) -> mx.array:
+        layer, times = self._layer, self._layer.times
+        assert layer.predictor is not None
+        t0 = time.perf_counter()
+        ids = layer.predictor(x)
+        t1 = time.perf_counter()
+        ticket = layer.window.request(ids)
+        t2 = time.perf_counter()
+        n = layer.window.ready(ticket)
+        times.predict += t1 - t0
+        times.manage += t2 - t1
+        times.flash += time.perf_counter() - t2
+        layer.num_decoded += len(x)
+        y, _ = layer.rows.ffn(x, n)
+        while len(ticket.left):  # the pool is smaller than this token: the rest replaces what is computed
+            mx.eval(y)
+            n = layer.window.next(ticket)
+            y = y + layer.rows.ffn(x, n)[0]
+        return y
+
+    def _stream(self, x: mx.array) -> mx.array:
+        """Exact for any x: rows held, then all others in blocks; the last tokens' active units enter the window."""
+        layer, window = self._layer, self._layer.window
+        first = window.advance(len(x))
+        seeds = min(SEED_TOKENS, len(x)) if layer.predictor is not None else 0
+        ages = first + len(x) - seeds + np.arange(seeds)  # stamps of the seeding tokens
+        held = window.slot_of >= 0
+        y, active = layer.rows.ffn(x, window.num_rows, watch=seeds)
+        y = y.astype(mx.float32)
+        if active is not None:
+            used = np.flatnonzero(active.any(axis=0))
+            window.touch(used, _last(active[:, used], ages))
+        blocks = layer.blocks
+        runs = _blocks(held, blocks.pair[0].capacity, blocks.gap)
+        blocks.drain()
+        mx.eval(y)  # before admitted rows overwrite any that this product reads
+        if runs:
+            blocks.start(0, layer.reader, layer.source, runs[0])
+        for i, units in enumerate(runs):
+            t0 = time.perf_counter()
+            blocks.wait()
+            layer.times.flash += time.perf_counter() - t0
+            if i + 1 < len(runs):
+                blocks.start(i + 1, layer.reader, layer.source, runs[i + 1])
+            rows, keep = blocks.pair[i % 2], ~held[units]
+            part, active = rows.ffn(x, len(units), None if keep.all() else keep, seeds)
+            y = y + part
+            mx.eval(y)
+            if active is not None:
+                used = np.flatnonzero(active.any(axis=0))
+                window.admit(units[used], _last(active[:, used], ages), rows, used)
+        return y.astype(x.dtype)
+
+
+def _last(active: np.ndarray, ages: np.ndarray) -> np.ndarray:
+    """For each column of `active`, bool [tokens, n], the stamp of the last token that used it."""
+    return ages[len(ages) - 1 - np.argmax(active[::-1], axis=0)]
+
+
+def _blocks(held: np.ndarray, capacity: int, gap: int) -> list[np.ndarray]:
+    """Units to stream, ascending, in blocks of at most `capacity`: all that are not held, and held ones in small gaps."""
+    wanted = np.flatnonzero(~held)
+    if len(wanted) == 0:
+        return []
+    step = np.diff(wanted)
+    fill = [wanted] + [np.arange(wanted[i] + 1, wanted[i + 1]) for i in np.flatnonzero((step > 1) & (step <= gap + 1))]
+    units = np.sort(np.concatenate(fill))
+    return [units[i : i + capacity] for i in range(0, len(units), capacity)]

@@ -1,0 +1,375 @@
+"""load(): mlx-lm's kind of model built from a bundle, its FFNs streamed.
+
+The model class comes from the family table, its FFNs are replaced by FlashFFN before any weight is read, and all
+else is resident. `model.flash` holds what the streaming needs and tells what it did.
+"""
+
+import resource
+import sys
+import weakref
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mlxflash.backends import FFN, Backend, make_backend
+from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
+from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Times
+from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
+from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
+from mlxflash.pool import Source, Staging
+from mlxflash.predictor import Predictor, Projection, deciding_matrix, load_low_bit
+from mlxflash.reader import CheckedReader, File, Reader, make_reader
+from mlxflash.window import Window
+
+PREDICTORS = ("all", "oracle", "low-bit")
+DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
+
+
+@dataclass(frozen=True)
+class FlashStats:
+    """What one generation, or the time since a snapshot, did; bytes and reads as asked of the operating system."""
+
+    mode: str
+    decoded: int  # tokens that went through the window
+    bytes_per_token: float
+    reads_per_token: float
+    hit_rate: float
+    held_share: float  # of all FFN units, in memory at the end
+    peak_rss_gb: float
+    flash_s: float  # waiting for reads
+    manage_s: float  # window upkeep
+    predict_s: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Counters at one moment; statistics are differences of two."""
+
+    num_bytes: int
+    num_reads: int
+    hits: int
+    misses: int
+    decoded: int
+    times: Times
+
+
+class FlashModel(nn.Module):
+    """Mixed into the family's model class: closes like a file. `flash` is the streaming side."""
+
+    flash: "Flash"
+
+    def close(self) -> None:
+        """Release descriptors, threads and pools; the model cannot compute afterwards. Safe to call twice."""
+        self.flash.close()
+
+    def __enter__(self) -> "FlashModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Flash:
+    """The streaming side of a model: its layers, reader and plan."""
+
+    def __init__(self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str):
+        self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
+        self.layers: list[FlashLayer] = []
+        self.files: list[File] = []
+        self.times = Times()
+        self.closed = False
+        self._finalizer = weakref.finalize(self, _release, reader, self.files)
+
+    @property
+    def exact(self) -> bool:
+        return self.mode.startswith("exact")
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            num_bytes=self.reader.num_bytes,
+            num_reads=self.reader.num_reads,
+            hits=sum(layer.window.num_hits for layer in self.layers),
+            misses=sum(layer.window.num_misses for layer in self.layers),
+            decoded=self.layers[0].num_decoded,
+            times=replace(self.times),
+        )
+
+    def stats(self, since: Snapshot, tokens: int) -> FlashStats:
+        """What happened since `since`, per token for `tokens` decoded tokens."""
+        now = self.snapshot()
+        flagged = now.hits - since.hits + now.misses - since.misses
+        per = max(tokens, 1)
+        return FlashStats(
+            mode=self.mode,
+            decoded=tokens,
+            bytes_per_token=(now.num_bytes - since.num_bytes) / per,
+            reads_per_token=(now.num_reads - since.num_reads) / per,
+            hit_rate=(now.hits - since.hits) / flagged if flagged else self.held_share(),
+            held_share=self.held_share(),
+            peak_rss_gb=peak_rss_bytes() / 1e9,
+            flash_s=now.times.flash - since.times.flash,
+            manage_s=now.times.manage - since.times.manage,
+            predict_s=now.times.predict - since.times.predict,
+        )
+
+    def held_share(self) -> float:
+        return sum(layer.window.num_rows for layer in self.layers) / sum(layer.units for layer in self.layers)
+
+    def forget(self, discard: bool = False) -> None:
+        """Start windows afresh, as after loading, so that what follows does not depend on what came before.
+
+        `discard` also drops unfinished computations: for use after a forward pass that was cut off.
+        """
+        self.reader.drain()
+        for layer in self.layers:
+            layer.blocks.drain()
+            if layer.predictor is not None and layer.window.num_rows < layer.units:
+                layer.window.clear(discard)
+            else:
+                layer.window.drain()
+                layer.rows.settle(discard)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._finalizer()
+            self.layers.clear()
+
+
+def _release(reader: Reader, files: list[File]) -> None:
+    reader.close()
+    for file in files:
+        file.close()
+
+
+def load_bundle(
+    path: str | Path,
+    *,
+    memory: str | int | None = None,
+    predictor: str | None = None,
+    window: int | None = None,
+    device: str | None = None,
+    max_kv_size: int | None = None,
+    margin: float = 0.0,
+    check_reads: bool = False,
+    direct: bool | None = None,
+    backend: Backend | None = None,
+    bundle: Bundle | None = None,
+) -> FlashModel:
+    """The model of a bundle, ready to compute.
+
+    memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
+    hold it whole, within what is available). predictor: "low-bit" (default), "all" (exact), "oracle" (needs the
+    deciding matrices in memory; a bound). window: drop units that the last `window` tokens did not use (the paper's
+    rule; None keeps them until their memory is wanted). max_kv_size: tokens of key-value cache to plan for.
+    margin: in standard errors of the low-bit estimate. check_reads: compare every record read with its checksum.
+    direct: bypass the page cache (None: when the bundle is larger than half the memory available).
+
+    Raises ValueError (BundleError, BudgetError) with one sentence.
+    """
+    bundle = bundle or Bundle.open(path)
+    config = bundle.config()
+    where = str(bundle.path)
+    family, activation = family_of(config, where)
+    manifest = bundle.manifest
+    if (manifest.layout, manifest.activation) != (family.layout, activation):
+        raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
+    if window is not None and window < 1:
+        raise ValueError(f"window {window}: a window spans at least 1 token")
+    if predictor not in (None, *PREDICTORS):
+        raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
+    if predictor == "low-bit" and "low-bit" not in bundle.predictors():
+        raise BundleError(f"{where}: has no low-bit predictor; convert again, or use --exact")
+    if predictor is None:
+        predictor = "low-bit" if "low-bit" in bundle.predictors() else "all"
+    backend = backend or make_backend(device)
+    ffn = FFN.of(manifest)
+    context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
+    sizes = _sizes(bundle, config, backend, ffn, predictor)
+    plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
+    if plan.whole:
+        predictor = "all"
+    if direct is None:
+        direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
+
+    mx.set_cache_limit(plan.cache)
+    model: Any = build_model(config, where, FlashModel)
+    mode = _mode(bundle, predictor, plan, margin)
+    reader: Any = make_reader()
+    if check_reads:
+        sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
+        reader = CheckedReader(reader, manifest.record, sums)
+    flash = Flash(bundle, plan, reader, backend, mode)
+    model.flash = flash
+    try:
+        resident = _load_resident(bundle, model, family, backend)
+        backend.place(model)
+        staging = Staging(plan.staging_bytes)
+        blocks = None
+        if not plan.whole:
+            pair = [backend.rows(ffn, plan.block_units, Staging(plan.staging_bytes)) for _ in range(2)]
+            blocks = Blocks((pair[0], pair[1]), max(1, (256 << 10) // manifest.record.stride))
+        for i, entry in enumerate(manifest.layers):
+            file = File(bundle.layer_path(i), direct)
+            flash.files.append(file)
+            source = Source(file, resident[i])
+            rows = backend.rows(ffn, plan.capacities[i], staging)
+            layer = FlashLayer(
+                units=entry.units,
+                source=source,
+                rows=rows,
+                window=Window(entry.units, rows, reader, source, None if predictor == "all" else window),
+                blocks=blocks or Blocks((rows, rows), 0),
+                reader=reader,
+                predictor=None
+                if predictor == "all"
+                else _predictor(predictor, bundle, i, backend, ffn, source, margin),
+                down_bias=flash_bias(resident[i], backend, bundle),
+                times=flash.times,
+            )
+            if predictor == "all":
+                layer.window.hold(np.arange(plan.capacities[i]))
+            flash.layers.append(layer)
+            setattr(model.layers[i], family.ffn, FlashFFN(layer))
+    except BaseException:
+        flash.close()
+        raise
+    return model
+
+
+def flash_bias(resident: dict[str, np.ndarray], backend: Backend, bundle: Bundle) -> mx.array | None:
+    """The FFN's output bias in the activations' dtype, or None where the family has none."""
+    bias = resident.get("down_bias")
+    return None if bias is None else mx.array(bias).astype(backend.activation_dtype(bundle.manifest))
+
+
+def _predictor(
+    name: str, bundle: Bundle, index: int, backend: Backend, ffn: FFN, source: Source, margin: float
+) -> Predictor:
+    layer = bundle.manifest.layers[index]
+    offset = source.resident.get(f"{ffn.first}_bias", np.zeros(layer.units, np.float32))
+    if name == "low-bit":
+        files = bundle.predictor_files(name)
+        if len(files) != bundle.num_layers:
+            raise BundleError(
+                f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; convert again"
+            )
+        return load_low_bit(files[index], backend, ffn, layer, offset, margin)
+    stride = ffn.record.stride
+    raw = np.fromfile(bundle.layer_path(index), np.uint8, layer.units * stride, offset=HEADER_BYTES)
+    matrix = deciding_matrix(ffn, raw.reshape(layer.units, stride))
+    mx.eval(matrix.weight)
+    return Projection(backend, matrix, offset)
+
+
+def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
+    """`exact`, or `approximate` with what calibration measured."""
+    if predictor == "all":
+        return "exact (all resident)" if plan.whole else "exact"
+    if predictor == "oracle":
+        return "exact (oracle)"
+    said = bundle.manifest.calibration.get("low-bit")
+    if not said or margin:
+        return "approximate (not measured" + (f" at margin {margin:g})" if margin else ")")
+    return f"approximate (recall {said['recall']:.1%}, perplexity {said['perplexity_change']:+.2%})"
+
+
+def _load_resident(bundle: Bundle, model: nn.Module, family: Any, backend: Backend) -> list[dict[str, np.ndarray]]:
+    """Read resident weights into the model; return the per-unit and bias arrays of each layer's FFN, float32."""
+    for layer in model.layers:  # type: ignore[attr-defined]
+        setattr(layer, family.ffn, nn.Identity())
+    dtype = backend.activation_dtype(bundle.manifest)
+    weights: dict[str, mx.array] = {}
+    parts: list[dict[str, np.ndarray]] = [{} for _ in range(bundle.num_layers)]
+    for file in bundle.resident_files():
+        for name, array in _load_arrays(file).items():
+            if name.startswith("ffn."):
+                _, index, part = name.split(".")
+                parts[int(index)][part] = np.array(array.astype(mx.float32))
+            else:
+                weights[name] = array.astype(dtype) if _is_small(name, array) else array
+                mx.eval(weights[name])
+    quantization = bundle.manifest.quantization
+    if quantization is not None:
+        nn.quantize(
+            model,
+            quantization["group_size"],
+            quantization["bits"],
+            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in weights,
+        )
+    try:
+        model.load_weights(list(weights.items()))
+    except ValueError as error:
+        raise BundleError(f"{bundle.path}: resident weights do not fit the model ({error}); convert again") from None
+    model.eval()
+    for i, layer in enumerate(bundle.manifest.layers):
+        for part in bundle.manifest.record.parts:
+            if part.offset is None and parts[i].get(part.name, np.empty(0)).shape != (layer.units,):
+                raise BundleError(f"{bundle.path}: resident part {part.name!r} of layer {i} is missing or misshapen")
+    return parts
+
+
+def _load_arrays(file: Path) -> dict[str, mx.array]:
+    try:
+        with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
+            pass
+        return mx.load(str(file))  # type: ignore[return-value]
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise BundleError(f"{file}: not a readable safetensors file ({error}); convert again") from None
+
+
+def _is_small(name: str, array: Any) -> bool:
+    """Vectors, scales and biases are kept in the activations' dtype; matrices as stored."""
+    return bool(array.ndim < 2 or name.endswith((".scales", ".biases"))) and array.dtype != mx.uint32
+
+
+def _sizes(bundle: Bundle, config: dict[str, Any], backend: Backend, ffn: FFN, predictor: str) -> Sizes:
+    manifest = bundle.manifest
+    item = backend.activation_dtype(manifest).size
+    resident = stored = 0
+    for file in bundle.resident_files():
+        try:
+            with safe_open(file, "numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  a safe_open handle is no mapping
+                    view = tensors.get_slice(name)
+                    count = int(np.prod(view.get_shape(), dtype=np.int64))
+                    bits = {"F32": 4, "U32": 4}.get(view.get_dtype(), 2)
+                    small = len(view.get_shape()) < 2 or name.endswith((".scales", ".biases"))
+                    stored += count * bits
+                    resident += count * (max(item, 4 if name.startswith("ffn.") else 0) if small else bits)
+        except SafetensorError as error:
+            raise BundleError(f"{file}: not a readable safetensors file ({error}); convert again") from None
+    if predictor == "low-bit":
+        predictor_bytes = sum(f.stat().st_size for f in bundle.predictor_files(predictor))
+    else:
+        first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
+        predictor_bytes = sum(layer.units for layer in manifest.layers) * first if predictor == "oracle" else 0
+    calibrated = manifest.calibration.get("demand")
+    units = tuple(layer.units for layer in manifest.layers)
+    demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units
+    return Sizes(
+        model=stored + bundle.streamed_bytes(),
+        resident=resident,
+        predictor=predictor_bytes,
+        units=units,
+        demand=demand,
+        slot=backend.slot_bytes(ffn),
+        stride=manifest.record.stride,
+        kv_token=kv_values_per_token(config) * item,
+        activation_token=16 * manifest.d_model * item,
+        score_token=2 * int(config["num_attention_heads"]) * 4,
+        activation_item=item,
+        vocabulary=int(config["vocab_size"]),
+        staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process (Linux reports kB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

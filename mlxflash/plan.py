@@ -1,0 +1,259 @@
+"""A memory budget to settings: what is resident, how many units each layer holds, how long a prompt chunk may be.
+
+The budget is all-in: resident weights, predictors, key-value cache, activations, staging and blocks, MLX's buffer
+cache, and what is left over is pools. Only the interpreter itself (Python, MLX, the tokenizer) is not counted. What
+cannot work is refused before anything is read. Imports no MLX.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+MIN_SLOTS = 8  # rows a layer needs at least: a token that needs more goes through in turns
+PREFILL_TOKENS = (512, 256, 128, 64, 32, 16)
+AUTO_SHARE = 0.7  # of the memory available now, when no budget is given
+
+
+class BudgetError(ValueError):
+    """A memory budget that cannot work; `smallest` bytes would."""
+
+    def __init__(self, message: str, smallest: int):
+        super().__init__(message)
+        self.smallest = smallest
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the planner needs to know of a model on a device; bytes unless said otherwise."""
+
+    model: int  # the converted model: resident and streamed weights
+    resident: int  # as loaded
+    predictor: int
+    units: tuple[int, ...]  # per layer
+    demand: tuple[float, ...]  # per layer, how many units its tokens tend to want; capacity follows it
+    slot: int  # one unit in a pool
+    stride: int  # one record on disk
+    kv_token: int  # key-value cache of one token
+    activation_token: int  # activations of one prompt token, but for attention scores and the FFN
+    score_token: int  # attention scores of one prompt token against one held token
+    activation_item: int  # one number of an activation
+    vocabulary: int
+    staged: bool  # whether reads pass through a staging buffer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes for everything and the settings that follow; `whole` is a model held completely."""
+
+    memory: int
+    resident: int
+    predictor: int
+    kv: int
+    activations: int
+    blocks: int
+    staging: int
+    cache: int
+    pools: int
+    capacities: tuple[int, ...]
+    units: tuple[int, ...]
+    block_units: int
+    staging_bytes: int
+    prefill_tokens: int
+    context: int
+    whole: bool
+
+    def describe(self) -> str:
+        """One line per use of the budget, for people."""
+        rows = [
+            ("resident weights", self.resident, ""),
+            ("predictors", self.predictor, ""),
+            ("key-value cache", self.kv, f"{self.context} tokens"),
+            ("activations", self.activations, f"prompt chunks of {self.prefill_tokens} tokens"),
+            ("streaming blocks", self.blocks, f"2 of {self.block_units} units" if self.blocks else "nothing streams"),
+            ("staging", self.staging, ""),
+            ("MLX buffer cache", self.cache, ""),
+            ("pools", self.pools, f"{sum(self.capacities) / sum(self.units):.1%} of the feed-forward units"),
+        ]
+        lines = [f"plan for {format_bytes(self.memory)}:"]
+        lines += [f"  {name:<18}{format_bytes(size):>10}  {note}".rstrip() for name, size, note in rows if size]
+        return "\n".join(lines)
+
+
+def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
+    """Settings for `memory` bytes (None: what holds everything, within what is available) and `context` tokens.
+
+    Raises BudgetError, naming the smallest budget that would work.
+    """
+    whole = _whole(sizes, context)
+    if memory is None:
+        memory = min(whole.memory, int(AUTO_SHARE * available_memory()))
+    if memory >= whole.memory:
+        return _replace_memory(whole, memory)
+    floor = _fixed(sizes, 0, context, PREFILL_TOKENS[-1])
+    least = floor + sum(min(MIN_SLOTS, n) for n in sizes.units) * sizes.slot
+    if memory < least:
+        raise BudgetError(
+            f"a memory budget of {format_bytes(memory)} cannot work for this model: "
+            f"the smallest that would is {format_bytes(_round_up(least))}"
+            f" ({format_bytes(sizes.resident)} resident weights, {format_bytes(context * sizes.kv_token)} key-value"
+            f" cache of {context} tokens)",
+            _round_up(least),
+        )
+    prefill = next((t for t in PREFILL_TOKENS if _activations(sizes, t, context) <= memory // 16), PREFILL_TOKENS[-1])
+    if _fixed(sizes, memory, context, prefill) + least - floor > memory:
+        prefill = PREFILL_TOKENS[-1]
+    scale = memory if _fixed(sizes, memory, context, prefill) + least - floor <= memory else 0
+    pools = memory - _fixed(sizes, scale, context, prefill)
+    capacities = _share(sizes, pools // sizes.slot)
+    block_units, staging = _block_units(sizes, scale), _staging(sizes, scale)
+    return Plan(
+        memory=memory,
+        resident=sizes.resident,
+        predictor=sizes.predictor,
+        kv=context * sizes.kv_token,
+        activations=_activations(sizes, prefill, context),
+        blocks=2 * block_units * sizes.slot,
+        staging=3 * staging if sizes.staged else 0,
+        cache=_cache(scale),
+        pools=sum(capacities) * sizes.slot,
+        capacities=capacities,
+        units=sizes.units,
+        block_units=block_units,
+        staging_bytes=staging,
+        prefill_tokens=prefill,
+        context=context,
+        whole=False,
+    )
+
+
+def _whole(sizes: Sizes, context: int) -> Plan:
+    prefill = min(PREFILL_TOKENS[0], max(PREFILL_TOKENS[-1], context))
+    pools = sum(sizes.units) * sizes.slot
+    staging = _staging(sizes, 1 << 30)
+    parts = {
+        "resident": sizes.resident,
+        "kv": context * sizes.kv_token,
+        "activations": _activations(sizes, prefill, context) + prefill * max(sizes.units) * sizes.activation_item,
+        "staging": staging if sizes.staged else 0,
+        "cache": _cache(1 << 30),
+        "pools": pools,
+    }
+    return Plan(
+        memory=sum(parts.values()),
+        predictor=0,
+        blocks=0,
+        capacities=sizes.units,
+        units=sizes.units,
+        block_units=0,
+        staging_bytes=staging,
+        prefill_tokens=prefill,
+        context=context,
+        whole=True,
+        **parts,
+    )
+
+
+def _replace_memory(plan: Plan, memory: int) -> Plan:
+    return Plan(**{**plan.__dict__, "memory": memory})
+
+
+def _fixed(sizes: Sizes, memory: int, context: int, prefill: int) -> int:
+    staging = 3 * _staging(sizes, memory) if sizes.staged else 0
+    blocks = 2 * _block_units(sizes, memory) * sizes.slot
+    return (
+        sizes.resident
+        + sizes.predictor
+        + context * sizes.kv_token
+        + _activations(sizes, prefill, context)
+        + blocks
+        + staging
+        + _cache(memory)
+    )
+
+
+def _activations(sizes: Sizes, tokens: int, context: int) -> int:
+    """Peak of a forward pass: a prompt chunk's, or the logits of one token."""
+    prompt = tokens * (sizes.activation_token + context * sizes.score_token)
+    return prompt + 4 * sizes.vocabulary * sizes.activation_item
+
+
+def _block_units(sizes: Sizes, memory: int) -> int:
+    """Units of one streaming block: large enough for sequential speed, small beside the budget."""
+    size = min(8 << 20, max(memory // 32, 64 << 10))
+    return max(1, min(size // sizes.stride, max(sizes.units)))
+
+
+def _staging(sizes: Sizes, memory: int) -> int:
+    """A staging buffer holds at least one record widened to blocks; a block's own holds the block."""
+    return max(_block_units(sizes, memory) * sizes.stride, sizes.stride) + (3 << 12)
+
+
+def _cache(memory: int) -> int:
+    return min(64 << 20, max(memory // 64, 1 << 20))
+
+
+def _share(sizes: Sizes, slots: int) -> tuple[int, ...]:
+    """Split `slots` between layers in proportion to demand, no layer under MIN_SLOTS or over its units."""
+    capacities = [min(MIN_SLOTS, n) for n in sizes.units]
+    left = slots - sum(capacities)
+    open_layers = list(range(len(capacities)))
+    while left > 0 and open_layers:
+        demand = sum(sizes.demand[i] for i in open_layers)
+        grants = {i: int(left * sizes.demand[i] / demand) if demand else left // len(open_layers) for i in open_layers}
+        if not any(grants.values()):
+            break
+        for i, grant in grants.items():
+            taken = min(grant, sizes.units[i] - capacities[i])
+            capacities[i] += taken
+            left -= taken
+        open_layers = [i for i in open_layers if capacities[i] < sizes.units[i]]
+    return tuple(capacities)
+
+
+def parse_memory(text: str | int | None, model_bytes: int) -> int | None:
+    """ "2GB", "1.5GiB", "500MB", "60%" of the converted model, or a number of bytes; ValueError says what is accepted."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?b?|b|%)?\s*", str(text), re.IGNORECASE)
+    unit = (match[2] or "b").lower() if match else ""
+    if match is None:
+        raise ValueError(f"memory {text!r} is not a size: write 2GB, 1.5GiB or 60% (of the converted model)")
+    if unit == "%":
+        value = float(match[1]) / 100 * model_bytes
+    else:
+        base = 1024 if "i" in unit else 1000
+        value = float(match[1]) * base ** " kmgt".index(unit[0] if unit[0] in "kmgt" else " ")
+    if value < 1:
+        raise ValueError(f"memory {text!r} is nothing: write 2GB, 1.5GiB or 60% (of the converted model)")
+    return int(value)
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def available_memory() -> int:
+    """Bytes this process could still take: what the system reports, and no more than its cgroup's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        text = Path("/proc/meminfo").read_text()
+        total = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        pass  # not Linux: physical memory is the best there is
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def _round_up(count: int) -> int:
+    """To three digits, so that the size named in a message works when typed back."""
+    step = 10 ** max(0, len(str(count)) - 3)
+    return -(-count // step) * step

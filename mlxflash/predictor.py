@@ -1,0 +1,96 @@
+"""x to unit ids: which units of a layer this token needs. One call, `ids = predictor(x)`.
+
+A false negative is a small error, a false positive is a read. `all` is no predictor: every unit is needed, and the
+FFN streams. `oracle` knows the truly active units from full weights (a law and a bound, not a way to save memory).
+`low-bit` estimates the deciding product from a copy of its matrix in a few bits; training-free.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlxflash.backends import FFN, Backend, Matrix
+from mlxflash.bundle import BundleError, Layer, Record
+
+LOW_BITS = 3
+
+
+class Predictor(Protocol):
+    """`nbytes` counts against the memory budget."""
+
+    nbytes: int
+
+    def __call__(self, x: mx.array) -> np.ndarray:
+        """x [tokens, d_model], the FFN's input, to the units any of the tokens needs: int64 [k], ascending."""
+
+
+class Projection:
+    """Flags units whose estimated product x W^T + offset is above zero; serves `low-bit` and `oracle`.
+
+    Source of a margin in units of the estimate's own error: after PowerInfer's and SparseInfer's (arXiv 2411.12692)
+    conservative thresholds; here it is `margin` times each neuron's calibrated root-mean-square error.
+    """
+
+    def __init__(self, backend: Backend, weight: Matrix, offset: np.ndarray):
+        self._backend, self._weight, self._offset = backend, weight, offset
+        self.nbytes = weight.nbytes + offset.nbytes
+
+    def __call__(self, x: mx.array) -> np.ndarray:
+        estimate = self._backend.project(x, self._weight)
+        estimate = estimate[0] if len(estimate) == 1 else estimate.max(axis=0)
+        return np.flatnonzero(estimate > -self._offset)
+
+
+def low_bit_matrix(weight: mx.array, bits: int = LOW_BITS) -> Matrix:
+    """The resident copy of a deciding matrix [units, d_model]: MLX-affine, groups along d_model, float16 scales."""
+    group = 64 if weight.shape[1] % 64 == 0 else 32
+    words, scales, biases = mx.quantize(weight.astype(mx.float32), group_size=group, bits=bits)
+    return Matrix(words, scales.astype(mx.float16), biases.astype(mx.float16), bits, group)
+
+
+def save_low_bit(file: Path, matrix: Matrix, error: np.ndarray) -> None:
+    """One layer's predictor: the matrix, and each unit's root-mean-square error of the estimate, float32 [units]."""
+    assert matrix.scales is not None
+    assert matrix.biases is not None
+    arrays = {"weight": matrix.weight, "scales": matrix.scales, "biases": matrix.biases, "error": mx.array(error)}
+    meta = {"bits": str(matrix.bits), "group_size": str(matrix.group_size)}
+    part = file.with_suffix(".part.safetensors")
+    mx.save_safetensors(str(part), arrays, meta)
+    part.replace(file)
+
+
+def load_low_bit(file: Path, backend: Backend, ffn: FFN, layer: Layer, offset: np.ndarray, margin: float) -> Projection:
+    """The low-bit predictor of one layer; `offset` is the deciding product's bias minus its threshold, [units]."""
+    try:
+        arrays, meta = mx.load(str(file), return_metadata=True)
+        bits, group = int(meta["bits"]), int(meta["group_size"])
+        matrix = Matrix(arrays["weight"], arrays["scales"], arrays["biases"], bits, group)
+        error = np.array(arrays["error"].astype(mx.float32))
+    except (RuntimeError, KeyError, ValueError, TypeError) as problem:
+        raise BundleError(f"{file}: not a low-bit predictor ({problem}); convert again") from None
+    groups = (layer.units, ffn.d_model // group if group else 0)
+    good = matrix.weight.shape == (layer.units, ffn.d_model * bits // 32) and error.shape == (layer.units,)
+    if not good or matrix.scales.shape != groups or matrix.biases.shape != groups:  # type: ignore[union-attr]
+        raise BundleError(f"{file}: made for another model, {matrix.weight.shape[0]} units; convert again")
+    mx.eval(matrix.weight, matrix.scales, matrix.biases)
+    return Projection(backend, matrix, (offset + margin * error).astype(np.float32))
+
+
+def deciding_matrix(ffn: FFN, raw: np.ndarray) -> Matrix:
+    """The stored deciding part of every unit as one matrix, from a layer's records, uint8 [units, stride]."""
+    if not ffn.bits:
+        return Matrix(stored_part(ffn.record, raw, ffn.first))
+    words, scales, biases = (stored_part(ffn.record, raw, ffn.first + s) for s in ("", "_scales", "_biases"))
+    return Matrix(words, scales, biases, ffn.bits, ffn.group_size)
+
+
+def stored_part(record: Record, raw: np.ndarray, name: str) -> mx.array:
+    """One part of records uint8 [n, stride] as an array [n, *shape]."""
+    part = record[name]
+    assert part.offset is not None
+    data = np.ascontiguousarray(raw[:, part.offset : part.offset + part.num_bytes])
+    bits = {"float32": np.float32, "uint32": np.uint32}.get(part.dtype, np.uint16)
+    array = mx.array(data.view(bits).reshape(len(raw), *part.shape))
+    return array.view({"float16": mx.float16, "bfloat16": mx.bfloat16}.get(part.dtype, array.dtype))

@@ -1,0 +1,184 @@
+"""Extents to bytes: many reads of one file into one buffer, submitted together and waited for once.
+
+A span is (file offset, offset in the destination, bytes). The Python engine here is the specification: the native
+one (`_native/reader.c`) takes the same calls, lands the same bytes and reports the same errors, only faster. Reader
+threads see memory views and file descriptors, never an MLX array.
+"""
+
+import errno
+import os
+import sys
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxflash.bundle import HEADER_BYTES, Record
+
+PIECE_BYTES = 1 << 20  # a large span is cut into pieces, so that one sequential read keeps several threads busy
+
+
+class ReadError(OSError):
+    """A read that failed: carries errno, filename, and the span's `offset` and `length` in bytes."""
+
+    def __init__(self, errno: int, reason: str, path: str, offset: int, length: int):
+        super().__init__(errno, f"{reason}, reading {length} bytes at offset {offset}", path)
+        self.offset, self.length = offset, length
+
+
+class File:
+    """One file opened for reading, buffered or direct (O_DIRECT; F_NOCACHE on macOS).
+
+    `direct` tells what was granted: a filesystem without direct I/O is read through the page cache. Offsets, sizes
+    and addresses of direct reads are multiples of 4096, which the caller keeps.
+    """
+
+    def __init__(self, path: Path, direct: bool = False):
+        self.path = str(path)
+        self.direct = False
+        self.fd = -1
+        if direct and hasattr(os, "O_DIRECT"):
+            try:
+                self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                self.direct = True
+            except OSError:
+                self.fd = -1  # the filesystem refuses O_DIRECT, such as some network and memory ones
+        if self.fd < 0:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if direct and sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(self.fd, fcntl.F_NOCACHE, 1)
+            self.direct = True
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Ticket:
+    """A batch under way. `wait` returns when no read of it can touch the destination any more."""
+
+    def __init__(self, futures: "list[Future[None]]"):
+        self._futures = futures
+
+    def wait(self) -> None:
+        """Raises the ReadError of the batch's first span that failed, after every read has come to rest."""
+        wait(self._futures)
+        for future in self._futures:
+            if (error := future.exception()) is not None:
+                raise error
+
+
+class Reader:
+    """The Python engine: a thread pool of `preadv`, which releases the GIL.
+
+    `num_reads` and `num_bytes` count what was asked of the operating system since the reader was made.
+    """
+
+    engine = "python"
+
+    def __init__(self, threads: int = 16):
+        self.threads = threads
+        self.num_reads = 0
+        self.num_bytes = 0
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "mlxflash-read")
+        self._running: list[Future[None]] = []
+
+    def submit(self, file: File, spans: np.ndarray, dest: memoryview) -> Ticket:
+        """Start reading `spans`, uint64 [n, 3], into `dest` (writable bytes), which must live until `wait`.
+
+        Raises ValueError when a span does not lie in `dest`.
+        """
+        if self._pool is None:
+            raise ValueError("the reader is closed")
+        if len(spans) and int((spans[:, 1] + spans[:, 2]).max()) > dest.nbytes:
+            raise ValueError(f"a span ends beyond its destination of {dest.nbytes} bytes")
+        self.num_reads += len(spans)
+        self.num_bytes += int(spans[:, 2].sum())
+        pieces = [piece for span in spans.tolist() for piece in _cut(*span)]
+        share = max(1, -(-len(pieces) // self.threads))
+        jobs = [pieces[i : i + share] for i in range(0, len(pieces), share)]
+        futures: list[Future[None]] = []
+        self._running = [f for f in self._running if not f.done()]
+        for job in jobs:
+            futures.append(self._pool.submit(_read, file, job, dest))
+            self._running.append(futures[-1])
+        return Ticket(futures)
+
+    @property
+    def closed(self) -> bool:
+        return self._pool is None
+
+    def drain(self) -> None:
+        """Let every read under way come to rest, whoever asked for it."""
+        wait(self._running)
+
+    def close(self) -> None:
+        """Let every read come to rest and end the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+def _cut(offset: int, at: int, length: int) -> list[tuple[int, int, int]]:
+    return [(offset + i, at + i, min(PIECE_BYTES, length - i)) for i in range(0, length, PIECE_BYTES)]
+
+
+def _read(file: File, pieces: list[tuple[int, int, int]], dest: memoryview) -> None:
+    for offset, at, length in pieces:
+        done = 0
+        while done < length:
+            try:
+                count = os.preadv(file.fd, [dest[at + done : at + length]], offset + done)
+            except OSError as error:
+                raise ReadError(error.errno or 0, error.strerror or "failed", file.path, offset, length) from None
+            if count == 0:
+                raise ReadError(errno.EIO, "the file ends", file.path, offset, length)
+            done += count
+
+
+class CheckedReader:
+    """A reader that compares every whole record it lands with the checksum of its bundle file.
+
+    `checksums` maps a bundle file's path to its records' CRC-32, uint32 [units]. A mismatch is a ReadError.
+    """
+
+    def __init__(self, reader: Reader, record: Record, checksums: dict[str, np.ndarray]):
+        self._reader, self._record, self._checksums = reader, record, checksums
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def submit(self, file: File, spans: np.ndarray, dest: memoryview) -> "CheckedTicket":
+        return CheckedTicket(self, self._reader.submit(file, spans, dest), file, spans, dest)
+
+    def check(self, file: File, spans: np.ndarray, dest: memoryview) -> None:
+        stride, used, sums = self._record.stride, self._record.num_bytes, self._checksums[file.path]
+        for offset, at, length in spans.tolist():
+            first = max(0, -(-(offset - HEADER_BYTES) // stride))
+            last = min(len(sums), (offset + length - HEADER_BYTES - used) // stride + 1)
+            for index in range(first, last):
+                start = at + HEADER_BYTES + index * stride - offset
+                if zlib.crc32(dest[start : start + used]) != sums[index]:
+                    where = HEADER_BYTES + index * stride
+                    raise ReadError(errno.EIO, f"record {index} does not match its checksum", file.path, where, used)
+
+
+class CheckedTicket:
+    """Waits as Ticket does, then checks what arrived."""
+
+    def __init__(self, reader: CheckedReader, ticket: Ticket, file: File, spans: np.ndarray, dest: memoryview):
+        self._reader, self._ticket, self._batch = reader, ticket, (file, spans, dest)
+
+    def wait(self) -> None:
+        self._ticket.wait()
+        self._reader.check(*self._batch)
+
+
+def make_reader() -> Reader:
+    """The best reader this installation has."""
+    return Reader()

@@ -1,0 +1,269 @@
+"""Unit ids to rows held: which units of a layer are in memory, which leave for those that come.
+
+Knows units, slots and tokens; the pool knows where a slot's bytes lie, the reader how they get there. Units are
+brought in two phases, so that reads can run while the layer before still computes:
+
+    ticket = window.request(ids)             start bringing units
+    rows = window.ready(ticket, more_ids)    add what is known only now, wait, say how many rows are live
+
+Source: LLM in a flash (arXiv 2312.11514), "The Sliding Window Technique" and "Optimized Data Management in DRAM".
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlxflash.pool import Landing, Source
+from mlxflash.reader import Reader
+
+
+class Rows(Protocol):
+    """What a window needs of the memory it fills; backends make it."""
+
+    capacity: int
+
+    def settle(self, discard: bool = False) -> None:
+        """Finish, or `discard`, computations that still read rows: they may be overwritten afterwards."""
+
+    def land(self, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray) -> Landing:
+        """Start bringing `units` (ascending) to `slots`, both int64 [n]."""
+
+    def move(self, sources: np.ndarray, slots: np.ndarray) -> None:
+        """Copy rows `sources` over `slots`."""
+
+    def take(self, slots: np.ndarray, other: Any, sources: np.ndarray) -> None:
+        """Copy rows `sources` of `other`, memory of the same backend, over `slots`."""
+
+
+class Ring:
+    """Victim order of the last `span` tokens' unit sets; the oldest use goes first.
+
+    The ring is kept as one stamp per slot, the token that used it last: a slot is in the ring while its stamp is
+    younger than `span` tokens. Without a span nothing leaves before its memory is wanted, which only saves reads.
+    """
+
+    def __init__(self, capacity: int, span: int | None = None):
+        self.span = span
+        self._stamp = np.zeros(capacity, np.int64)
+
+    def use(self, slots: np.ndarray, token: int | np.ndarray) -> None:
+        self._stamp[slots] = token
+
+    def move(self, sources: np.ndarray, slots: np.ndarray) -> None:
+        self._stamp[slots] = self._stamp[sources]
+
+    def left(self, num_rows: int, token: int) -> np.ndarray:
+        """Slots that no token of the ring uses."""
+        if self.span is None:
+            return np.empty(0, np.int64)
+        return np.flatnonzero(self._stamp[:num_rows] <= token - self.span)
+
+    def victims(self, num_rows: int, count: int, before: int) -> np.ndarray:
+        """At most `count` slots to give up, first the longest unused, none used by token `before` or later."""
+        stamps = self._stamp[:num_rows]
+        eligible = np.flatnonzero(stamps < before)
+        if len(eligible) > count:
+            eligible = eligible[np.argpartition(stamps[eligible], count - 1)[:count]] if count else eligible[:0]
+        return eligible
+
+
+class Ticket:
+    """Units under way for one token. `left` are those the pool could not hold beside the others."""
+
+    def __init__(self, dead: np.ndarray):
+        self.landings: list[Landing] = []
+        self.slots: list[np.ndarray] = []
+        self.dead = dead
+        self.left = np.empty(0, np.int64)
+
+
+class Window:
+    """The units of one layer that are in memory, packed in slots [0, num_rows).
+
+    Between calls `slot_of` [num_units] and `unit_at` [capacity] are inverse, -1 marks absence; `check()` says so.
+    A pending ticket's slots are never victims. After an error nothing is left in flight and units whose bytes did
+    not arrive are not held.
+    """
+
+    def __init__(self, num_units: int, rows: Rows, reader: Reader, source: Source, span: int | None = None):
+        self.num_rows = 0
+        self.capacity = rows.capacity
+        self.slot_of = np.full(num_units, -1, np.int64)
+        self.unit_at = np.full(rows.capacity, -1, np.int64)
+        self.num_hits = 0
+        self.num_misses = 0
+        self._rows, self._reader, self._source = rows, reader, source
+        self._ring = Ring(rows.capacity, span)
+        self._token = 0
+        self._pending: Ticket | None = None
+
+    def request(self, ids: np.ndarray) -> Ticket:
+        """A new token: start bringing units `ids`, int64 [k], ascending and unique."""
+        self.drain()
+        self._token += 1
+        ticket = Ticket(self._ring.left(self.num_rows, self._token))
+        self._pending = ticket
+        self._bring(ticket, ids)
+        return ticket
+
+    def ready(self, ticket: Ticket, more_ids: np.ndarray | None = None) -> int:
+        """Bring `more_ids` as well, wait for all, and return how many rows are live, from slot 0 on.
+
+        Where `ticket.left` is not empty the pool was too small for the token: compute, then call `next`.
+        Raises OSError with path, offset and length when a read fails; the window then holds what it can vouch for.
+        """
+        if more_ids is not None:
+            self._bring(ticket, more_ids)
+        self._finish(ticket)
+        if len(ticket.dead):
+            self._delete(ticket.dead)
+        return self.num_rows
+
+    def next(self, ticket: Ticket) -> int:
+        """Replace all rows by the next of `ticket.left` and return their number; the caller has used the others."""
+        ids, ticket.left = ticket.left[: self.capacity], ticket.left[self.capacity :]
+        self.clear()
+        self._pending = ticket
+        self._land(ticket, ids, np.arange(len(ids)))
+        self._finish(ticket)
+        return self.num_rows
+
+    def hold(self, ids: np.ndarray) -> None:
+        """Bring `ids` to stay, outside any token: the resident share of a layer that is streamed whole."""
+        ticket = Ticket(np.empty(0, np.int64))
+        self._land(ticket, ids, self.num_rows + np.arange(len(ids)))
+        self._finish(ticket)
+
+    def advance(self, num_tokens: int) -> int:
+        """A prompt of `num_tokens` passed without `request`: returns the stamp of its first token."""
+        self.drain()
+        self._token += num_tokens
+        return self._token - num_tokens + 1
+
+    def touch(self, slots: np.ndarray, tokens: np.ndarray) -> None:
+        """Say that rows `slots` were used last by `tokens`, int64 [n]."""
+        self._ring.use(slots, tokens)
+
+    def admit(self, ids: np.ndarray, tokens: np.ndarray, source: Any, sources: np.ndarray) -> None:
+        """Copy units that just streamed by into the window, where free or older rows leave room.
+
+        ids, tokens (last use) and sources (slots of `source`): int64 [n]. The youngest win.
+        """
+        order = np.argsort(-tokens, kind="stable")
+        ids, tokens, sources = ids[order], tokens[order], sources[order]
+        self._rows.settle()
+        free = np.arange(self.num_rows, min(self.capacity, self.num_rows + len(ids)))
+        count = len(free)
+        slots = free
+        while count < len(ids):  # each age of newcomers may displace only rows older than itself
+            age = int(tokens[count])
+            same = int(np.count_nonzero(tokens[count:] == age))
+            victims = np.setdiff1d(self._ring.victims(self.num_rows, same + count - len(free), age), slots)[:same]
+            slots = np.concatenate((slots, victims))
+            count += len(victims)
+            if len(victims) < same:
+                break
+        ids, tokens, sources = ids[:count], tokens[:count], sources[:count]
+        self._rows.take(slots, source, sources)
+        self._assign(ids, slots)
+        self._ring.use(slots, tokens)
+
+    def clear(self, discard: bool = False) -> None:
+        """Forget all rows. `discard` drops unfinished computations on them too, as after a failed pass."""
+        self.drain()
+        self._rows.settle(discard)
+        self.slot_of[self.unit_at[: self.num_rows]] = -1
+        self.unit_at[: self.num_rows] = -1
+        self.num_rows = 0
+
+    def drain(self) -> None:
+        """Let an abandoned ticket come to rest; what it could not bring is not held."""
+        if self._pending is not None:
+            try:
+                self._finish(self._pending)
+            except OSError:
+                return  # the rows are dropped, and nobody waits for this ticket any more
+
+    def check(self) -> None:
+        """Assert every invariant of the maps; for tests."""
+        live = self.unit_at[: self.num_rows]
+        assert (live >= 0).all()
+        assert (self.unit_at[self.num_rows :] == -1).all()
+        assert (self.slot_of[live] == np.arange(self.num_rows)).all()
+        assert np.count_nonzero(self.slot_of >= 0) == self.num_rows <= self.capacity
+
+    def _bring(self, ticket: Ticket, ids: np.ndarray) -> None:
+        slots = self.slot_of[ids]
+        held = slots >= 0
+        missing = ids[~held]
+        self._ring.use(slots[held], self._token)
+        self.num_hits += len(ids) - len(missing)
+        self.num_misses += len(missing)
+        ticket.dead = ticket.dead[~np.isin(ticket.dead, slots[held])] if len(ticket.dead) else ticket.dead
+        if len(missing) == 0:
+            return
+        over, ticket.dead = ticket.dead[: len(missing)], ticket.dead[len(missing) :]
+        tail = np.arange(self.num_rows, min(self.capacity, self.num_rows + len(missing) - len(over)))
+        places = np.concatenate((over, tail))
+        if len(places) < len(missing):
+            # `over` still bears stamps of the past and would be named again, so ask for that many more.
+            victims = self._ring.victims(self.num_rows, len(missing) - len(tail), self._token)
+            victims = np.setdiff1d(victims, over)[: len(missing) - len(places)]
+            places = np.concatenate((places, victims))
+        ticket.left = np.concatenate((ticket.left, missing[len(places) :]))
+        self._land(ticket, missing[: len(places)], places)
+
+    def _land(self, ticket: Ticket, ids: np.ndarray, slots: np.ndarray) -> None:
+        if len(ids) == 0:
+            return
+        self._rows.settle()
+        self._assign(ids, slots)
+        self._ring.use(slots, self._token)
+        ticket.slots.append(slots)  # first, so that rows whose reads could not even start count as lost
+        ticket.landings.append(self._rows.land(self._reader, self._source, ids, slots))
+
+    def _assign(self, ids: np.ndarray, slots: np.ndarray) -> None:
+        old = self.unit_at[slots]
+        self.slot_of[old[old >= 0]] = -1
+        self.unit_at[slots] = ids
+        self.slot_of[ids] = slots
+        self.num_rows += int(np.count_nonzero(old < 0))
+
+    def _finish(self, ticket: Ticket) -> None:
+        """Wait for every landing, then report the first error; rows of failed landings are deleted."""
+        self._pending = None
+        error: OSError | None = None
+        lost: list[np.ndarray] = []
+        while ticket.landings:
+            try:
+                ticket.landings[0].wait()
+            except OSError as failure:
+                error = error or failure
+                lost.append(ticket.slots[0])
+            except BaseException:
+                self._pending = ticket  # interrupted while waiting: the reads go on, `drain` sees to them
+                raise
+            ticket.landings.pop(0)
+            ticket.slots.pop(0)
+        lost.extend(ticket.slots)
+        ticket.slots = []
+        if lost:
+            self._delete(np.union1d(np.concatenate(lost), ticket.dead))
+            ticket.dead = ticket.dead[:0]
+        if error is not None:
+            raise error
+
+    def _delete(self, slots: np.ndarray) -> None:
+        """Swap-with-last: give up rows `slots` and move the last live rows into the holes they leave."""
+        self._rows.settle()
+        kept = self.num_rows - len(slots)
+        self.slot_of[self.unit_at[slots]] = -1
+        holes = slots[slots < kept]
+        sources = np.setdiff1d(np.arange(kept, self.num_rows), slots)
+        self._rows.move(sources, holes)
+        self._ring.move(sources, holes)
+        units = self.unit_at[sources]
+        self.unit_at[holes] = units
+        self.slot_of[units] = holes
+        self.unit_at[kept : self.num_rows] = -1
+        self.num_rows = kept
