@@ -13,9 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#ifndef PIECE
-#define PIECE (1 << 20)
-#endif
+#define PIECE (512u << 10) /* a long span is shared by several workers; shorter pieces only cost more calls */
 #define MOST_THREADS 1024
 #define MOST_DEPTH 4096
 
@@ -44,13 +42,15 @@ static void batch_skip_rest(Batch *batch) {
 
 Batch *queue_enter(Queue *queue, bool block) {
     pthread_mutex_lock(&queue->lock);
-    while (block && !queue->head && !queue->closing) {
-        queue->idle++;
-        pthread_cond_wait(&queue->work, &queue->lock);
-        queue->idle--;
-    }
+    while (block && !queue->head && !queue->closing) pthread_cond_wait(&queue->work, &queue->lock);
     Batch *batch = queue->head;
-    if (batch) atomic_fetch_add_explicit(&batch->holders, 1, memory_order_relaxed);
+    if (batch) {
+        atomic_fetch_add_explicit(&batch->holders, 1, memory_order_relaxed);
+        /* Workers wake each other: the first reads start before the last worker is up, and no more wake
+           than there is work for. */
+        if (atomic_load_explicit(&batch->cursor, memory_order_relaxed) + 1 < batch->count)
+            pthread_cond_signal(&queue->work);
+    }
     pthread_mutex_unlock(&queue->lock);
     return batch;
 }
@@ -72,11 +72,7 @@ static void queue_add(Queue *queue, Batch *batch) {
     if (queue->tail) queue->tail->next_queued = batch;
     else queue->head = batch;
     queue->tail = batch;
-    if (batch->count >= queue->idle) {
-        pthread_cond_broadcast(&queue->work);
-    } else {
-        for (size_t i = 0; i < batch->count; i++) pthread_cond_signal(&queue->work);
-    }
+    pthread_cond_signal(&queue->work);
     pthread_mutex_unlock(&queue->lock);
 }
 
@@ -213,12 +209,25 @@ static Ticket **find_ticket(Reader *self, PyObject *arg) {
     return NULL;
 }
 
+/* Exporters say no in their own ways, and one that ignores the flags says yes to a strided array. */
+static int get_buffer(PyObject *object, Py_buffer *view, int flags, const char *refusal) {
+    if (!PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | flags)) {
+        if (PyBuffer_IsContiguous(view, 'C')) return 0;
+        PyBuffer_Release(view);
+    } else if (!PyErr_ExceptionMatches(PyExc_BufferError) && !PyErr_ExceptionMatches(PyExc_ValueError)) {
+        return -1;
+    }
+    PyErr_SetString(PyExc_ValueError, refusal);
+    return -1;
+}
+
 /* Spans are checked whole before anything is built from them; -1 with an exception set, else the pieces. */
 static Py_ssize_t check_spans(const Py_buffer *spans, const Py_buffer *dest) {
     const char *format = spans->format ? spans->format : "B";
     if (*format && strchr("@=<", *format)) format++;
     if (spans->itemsize != 8 || (strcmp(format, "Q") && strcmp(format, "L")) || spans->len % 24) {
-        PyErr_SetString(PyExc_ValueError, "spans must be uint64 triples of (file offset, offset in dest, bytes)");
+        PyErr_SetString(PyExc_ValueError,
+                        "spans must be uint64 triples of (file offset, offset in dest, bytes)");
         return -1;
     }
     const uint64_t *span = spans->buf;
@@ -230,7 +239,8 @@ static Py_ssize_t check_spans(const Py_buffer *spans, const Py_buffer *dest) {
         else if (span[2] > size || span[1] > size - span[2]) wrong = "does not fit in dest";
         else if (span[0] > INT64_MAX - span[2]) wrong = "has an impossible file offset";
         if (wrong) {
-            PyErr_Format(PyExc_ValueError, "span %zd (file offset %llu, offset in dest %llu, bytes %llu) %s", i,
+            PyErr_Format(PyExc_ValueError,
+                         "span %zd (file offset %llu, offset in dest %llu, bytes %llu) %s", i,
                          (unsigned long long)span[0], (unsigned long long)span[1],
                          (unsigned long long)span[2], wrong);
             return -1;
@@ -278,8 +288,8 @@ static PyObject *reader_submit(PyObject *object, PyObject *args) {
     PyObject *spans_object, *dest_object;
     if (!PyArg_ParseTuple(args, "iOO:submit", &fd, &spans_object, &dest_object)) return NULL;
     Py_buffer spans, dest;
-    if (PyObject_GetBuffer(spans_object, &spans, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) < 0) return NULL;
-    if (PyObject_GetBuffer(dest_object, &dest, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) < 0) {
+    if (get_buffer(spans_object, &spans, PyBUF_FORMAT, "spans must be C-contiguous") < 0) return NULL;
+    if (get_buffer(dest_object, &dest, PyBUF_WRITABLE, "dest must be a writable contiguous buffer") < 0) {
         PyBuffer_Release(&spans);
         return NULL;
     }
@@ -311,7 +321,8 @@ static void raise_read_error(const Ticket *ticket, PyObject *type) {
     int error = batch->error == END_OF_FILE ? EIO : batch->error;
     PyObject *message =
         PyUnicode_FromFormat("%s in read %zu of the batch: %llu bytes at file offset %llu",
-                             batch->error == END_OF_FILE ? "end of file" : strerror(error), index, length, offset);
+                             batch->error == END_OF_FILE ? "end of file" : strerror(error), index,
+                             length, offset);
     PyObject *exception = message ? PyObject_CallFunction(type, "iO", error, message) : NULL;
     Py_XDECREF(message);
     if (!exception) return;
@@ -367,7 +378,7 @@ static void reader_stop(Reader *self) {
     self->closed = true;
     Ticket *tickets = self->tickets;
     self->tickets = NULL;
-    /* Nobody will see these batches; one that a thread is waiting for is off this list and read to its end. */
+    /* Nobody will see these batches. One that a thread waits for is off this list and read to its end. */
     for (Ticket *ticket = tickets; ticket; ticket = ticket->next) batch_skip_rest(ticket->batch);
     if (self->process == getpid()) {
         Py_BEGIN_ALLOW_THREADS
@@ -424,7 +435,8 @@ static PyObject *reader_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     static char *names[] = {"threads", "engine", "depth", NULL};
     int threads = 16, depth = 64;
     const char *engine = "threads";
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|isi:Reader", names, &threads, &engine, &depth)) return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|isi:Reader", names, &threads, &engine, &depth))
+        return NULL;
     bool ring = !strcmp(engine, "io_uring");
     if (!ring && strcmp(engine, "threads"))
         return PyErr_Format(PyExc_ValueError, "engine must be 'threads' or 'io_uring', not '%s'", engine);
@@ -481,7 +493,8 @@ static PyType_Spec type_spec = {
 };
 
 int mlxflash_add_reader(PyObject *module) {
-    PyObject *error = PyErr_NewExceptionWithDoc("mlxflash._native._core.ReadError", error_doc, PyExc_OSError, NULL);
+    PyObject *error =
+        PyErr_NewExceptionWithDoc("mlxflash._native._core.ReadError", error_doc, PyExc_OSError, NULL);
     if (!error) return -1;
     int failed = PyModule_AddObjectRef(module, "ReadError", error);
     Py_DECREF(error);

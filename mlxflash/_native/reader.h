@@ -40,7 +40,6 @@ typedef struct {
     pthread_mutex_t lock; /* guards the links, `ended`, `error` and `failed` of the batches, and `closing` */
     pthread_cond_t work;
     Batch *head, *tail; /* batches with reads left to start, oldest first; workers enter only the head */
-    unsigned idle;      /* workers asleep on `work` */
     bool closing;
 } Queue;
 

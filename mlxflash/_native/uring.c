@@ -18,9 +18,6 @@
 #define SETUP_SINGLE_ISSUER (1U << 12) /* 6.0 */
 #define SETUP_DEFER_TASKRUN (1U << 13) /* 6.1 */
 #define REGISTER_ENABLE_RINGS 12
-#ifndef WAITDIV
-#define WAITDIV 4
-#endif
 
 struct Ring {
     Queue *queue;
@@ -141,7 +138,10 @@ void *ring_main(void *arg) {
 
         unsigned unsubmitted = atomic_load_explicit(ring->sq_tail, memory_order_relaxed) -
                                atomic_load_explicit(ring->sq_head, memory_order_acquire);
-        unsigned enough = inflight / WAITDIV + !(inflight / WAITDIV);
+        /* Waking for every read costs CPU, waiting for all lets the disk run dry; and a batch handed in
+           meanwhile is seen at the next waking only. */
+        unsigned enough = (inflight + 3) / 4;
+        /* Every failure of this call (interrupted, short of memory) means: reap what there is, try again. */
         syscall(__NR_io_uring_enter, ring->fd, unsubmitted, enough, IORING_ENTER_GETEVENTS, NULL, 0);
 
         unsigned head = atomic_load_explicit(ring->cq_head, memory_order_relaxed);
