@@ -263,7 +263,7 @@ def test_direct(reader, tmp_path, data):
         with mmap.mmap(-1, 8 * 4096) as dest:
             assert reader.wait(reader.submit(fd, table((4096, 4096, 8192)), dest)) == 8192
             assert dest[4096:12288] == data[4096:12288].tobytes()
-            # The file ends inside this span: not EINVAL, though no direct read can go on from there.
+            # The file ends inside this span: not EINVAL, though no direct read can go on there.
             with pytest.raises(core.ReadError, match="end of file"):
                 reader.wait(reader.submit(fd, table((4096, 0, 16384)), dest))
             with contextlib.suppress(core.ReadError):  # some file systems take any alignment
