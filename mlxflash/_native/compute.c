@@ -1,0 +1,362 @@
+/* Splits products into parts for the threads, and chooses the instruction set. */
+#define _GNU_SOURCE
+#include "compute.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "simd.h"
+#include "threads.h"
+
+enum {
+    TOKENS = 8,               /* tokens the FFN takes through the pool at once: one row is then still in cache */
+    BATCH = 8,                /* rows handed to a kernel at once */
+    MAX_PARTS = 16,           /* of a pool, each with its own accumulators */
+    RECORDS_PER_PART = 32,    /* at least: clearing and adding up accumulators must not show */
+    PART_BYTES = 64 << 10,    /* of a matrix: large enough to hide the hand-over, small enough to even out */
+    CACHE_LINE = 64,
+};
+
+static const struct simd *simd; /* NULL until first asked for */
+
+static size_t least(size_t a, size_t b) { return a < b ? a : b; }
+static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+size_t kind_size(enum kind kind) { return kind == F32 ? 4 : 2; }
+
+size_t row_size(const struct format *format) {
+    return format->kind == AFFINE ? format->cols * (size_t)format->bits / 8 : format->cols * kind_size(format->kind);
+}
+
+/* --- instruction set ----------------------------------------------------------------------------------- */
+
+static const struct simd *const sets[] = { /* best first */
+#if defined(__x86_64__)
+    &simd_avx512, &simd_avx2,
+#elif defined(__aarch64__)
+    &simd_neon,
+#endif
+    &simd_portable,
+};
+enum { SET_COUNT = sizeof sets / sizeof *sets };
+
+static bool is_supported(const struct simd *set) {
+#if defined(__x86_64__)
+    if (set == &simd_avx512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (set == &simd_avx2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+    (void)set;
+    return true;
+}
+
+static void choose_simd(void) {
+    for (int i = 0; simd == NULL; i++)
+        if (is_supported(sets[i])) simd = sets[i];
+}
+
+const char *compute_isa(void) {
+    choose_simd();
+    return simd->name;
+}
+
+bool compute_set_isa(const char *name) {
+    for (int i = 0; i < SET_COUNT; i++)
+        if (strcmp(sets[i]->name, name) == 0 && is_supported(sets[i])) {
+            threads_lock();
+            simd = sets[i];
+            threads_unlock();
+            return true;
+        }
+    return false;
+}
+
+/* --- working memory ------------------------------------------------------------------------------------ */
+
+/* Kept from call to call, because a call may last only microseconds. Guarded by the threads' lock. */
+struct buffer {
+    float *data;
+    size_t size;
+};
+
+static bool reserve(struct buffer *buffer, size_t floats) {
+    if (floats <= buffer->size) return true;
+    free(buffer->data);
+    const size_t bytes = divide_up(floats * sizeof(float), CACHE_LINE) * CACHE_LINE;
+    buffer->data = aligned_alloc(CACHE_LINE, bytes);
+    buffer->size = buffer->data == NULL ? 0 : bytes / sizeof(float);
+    return buffer->data != NULL;
+}
+
+/* The operand for m tokens of x: the caller's own floats, or their arrangement in `arranged`. */
+static bool prepare(const struct format *format, const float *x, size_t m, struct buffer *arranged,
+                    struct operand *operand) {
+    *operand = (struct operand){.format = *format, .m = m, .x = x, .groups = x};
+    if (format->kind != AFFINE) {
+        operand->width = format->cols;
+        return true;
+    }
+    simd->measure(operand);
+    if (!reserve(arranged, m * (operand->width + operand->group_width))) return false;
+    float *groups = arranged->data + m * operand->width;
+    simd->arrange(operand, x, arranged->data, groups);
+    operand->x = arranged->data;
+    operand->groups = groups;
+    return true;
+}
+
+static struct buffer arranged, accumulators;
+
+/* --- matmul -------------------------------------------------------------------------------------------- */
+
+struct matmul_job {
+    const struct matmul *call;
+    struct operand x;
+    size_t rows_per_part;
+};
+
+static void matmul_part(void *context, size_t part) {
+    const struct matmul_job *job = context;
+    const struct matmul *call = job->call;
+    const size_t begin = part * job->rows_per_part, end = least(begin + job->rows_per_part, call->rows);
+    for (size_t first = begin; first < end; first += BATCH) {
+        const size_t count = least(BATCH, end - first);
+        struct row rows[BATCH];
+        for (size_t i = 0; i < count; i++) {
+            const size_t r = first + i;
+            rows[i].weights = call->first.weights + r * call->row_stride;
+            if (call->format.kind != AFFINE) continue;
+            rows[i].scales = call->first.scales + r * call->scale_stride;
+            rows[i].biases = call->first.biases + r * call->scale_stride;
+        }
+        simd->dots(&job->x, rows, count, call->out + first, call->rows);
+    }
+    if (call->bias == NULL) return;
+    for (size_t t = 0; t < call->m; t++)
+        for (size_t r = begin; r < end; r++) call->out[t * call->rows + r] += call->bias[r];
+}
+
+bool compute_matmul(const struct matmul *call) {
+    if (call->m == 0 || call->rows == 0) return true;
+    choose_simd();
+    threads_lock();
+    struct matmul_job job = {.call = call};
+    const bool ready = prepare(&call->format, call->x, call->m, &arranged, &job.x);
+    if (ready) {
+        const size_t rows = divide_up(PART_BYTES, row_size(&call->format) + 1);
+        job.rows_per_part = divide_up(rows, BATCH) * BATCH;
+        threads_run(matmul_part, &job, divide_up(call->rows, job.rows_per_part));
+    }
+    threads_unlock();
+    return ready;
+}
+
+/* --- ffn ----------------------------------------------------------------------------------------------- */
+
+/* The live records are cut into parts by their number alone, and each part adds up its own output: the result
+   depends neither on how many threads there are nor on which of them was quick. */
+struct ffn_job {
+    const struct ffn *call;
+    struct operand x, acc; /* acc: the accumulators' shape */
+    const uint32_t *live;  /* the records to do, or NULL for all of them */
+    size_t live_count, parts, first_token;
+    float *sums; /* [parts][m * (width + group_width)] */
+    bool used[MAX_PARTS];
+};
+
+/* Rows whose part in the output is known but not yet added. */
+struct pending {
+    size_t count;
+    struct row rows[BATCH];
+    float h[TOKENS][BATCH];
+};
+
+static float activate(enum act act, float threshold, float v) {
+    switch (act) {
+    case RELU:
+    case DRELU: return v > 0 ? v : 0;
+    case RELU2: return v > 0 ? v * v : 0;
+    case FATRELU: return v > threshold ? v : 0;
+    case SILU: return v / (1 + expf(-v));
+    case GELU: return 0.5f * v * erfcf(v * -0.70710678f);
+    case GELU_TANH: return v / (1 + expf(-1.5957691f * (v + 0.044715f * v * v * v)));
+    }
+    return v;
+}
+
+static struct row row_at(const struct ffn *call, struct part part, size_t record) {
+    const uint8_t *p = call->pool + record * call->record_stride;
+    return (struct row){p + part.weights, p + part.scales, p + part.biases};
+}
+
+static size_t sum_size(const struct ffn_job *job) { return job->acc.m * (job->acc.width + job->acc.group_width); }
+
+static void add_pending(struct ffn_job *job, size_t part, struct pending *pending) {
+    if (pending->count == 0) return;
+    float *sums = job->sums + part * sum_size(job);
+    if (!job->used[part]) memset(sums, 0, sum_size(job) * sizeof *sums);
+    job->used[part] = true;
+    simd->axpys(&job->acc, pending->rows, pending->count, pending->h[0], BATCH, sums,
+                sums + job->acc.m * job->acc.width);
+    pending->count = 0;
+}
+
+static bool any(const float h[TOKENS][BATCH], size_t m, size_t i) {
+    for (size_t t = 0; t < m; t++)
+        if (h[t][i] != 0) return true;
+    return false;
+}
+
+static void ffn_part(void *context, size_t part) {
+    struct ffn_job *job = context;
+    const struct ffn *call = job->call;
+    const size_t m = job->x.m, begin = job->live_count * part / job->parts,
+                 end = job->live_count * (part + 1) / job->parts;
+    struct pending pending = {0};
+    for (size_t first = begin; first < end; first += BATCH) {
+        size_t count = least(BATCH, end - first), record[BATCH];
+        struct row rows[BATCH];
+        float h[TOKENS][BATCH];
+        for (size_t i = 0; i < count; i++) record[i] = job->live == NULL ? first + i : job->live[first + i];
+        if (call->gated) {
+            float gates[TOKENS][BATCH];
+            for (size_t i = 0; i < count; i++) rows[i] = row_at(call, call->gate, record[i]);
+            simd->dots(&job->x, rows, count, gates[0], BATCH);
+            for (size_t t = 0; t < m; t++)
+                for (size_t i = 0; i < count; i++) {
+                    const float bias = call->gate_bias == NULL ? 0 : call->gate_bias[record[i]];
+                    gates[t][i] = activate(call->act, call->threshold, gates[t][i] + bias);
+                }
+            size_t open = 0;
+            for (size_t i = 0; i < count; i++) {
+                if (!any(gates, m, i)) continue;
+                for (size_t t = 0; t < m; t++) gates[t][open] = gates[t][i];
+                record[open] = record[i];
+                rows[open++] = row_at(call, call->up, record[i]);
+            }
+            count = open;
+            simd->dots(&job->x, rows, count, h[0], BATCH);
+            for (size_t t = 0; t < m; t++)
+                for (size_t i = 0; i < count; i++) {
+                    float up = h[t][i] + (call->up_bias == NULL ? 0 : call->up_bias[record[i]]);
+                    if (call->act == DRELU) up = activate(RELU, 0, up);
+                    h[t][i] = gates[t][i] * up;
+                }
+        } else {
+            for (size_t i = 0; i < count; i++) rows[i] = row_at(call, call->up, record[i]);
+            simd->dots(&job->x, rows, count, h[0], BATCH);
+            for (size_t t = 0; t < m; t++)
+                for (size_t i = 0; i < count; i++) {
+                    const float bias = call->up_bias == NULL ? 0 : call->up_bias[record[i]];
+                    h[t][i] = activate(call->act, call->threshold, h[t][i] + bias);
+                }
+        }
+        for (size_t i = 0; i < count; i++) {
+            if (!any(h, m, i)) continue;
+            for (size_t t = 0; t < m; t++) {
+                pending.h[t][pending.count] = h[t][i];
+                if (call->active != NULL) call->active[(job->first_token + t) * call->n + record[i]] = h[t][i] != 0;
+            }
+            pending.rows[pending.count++] = row_at(call, call->down, record[i]);
+            if (pending.count == BATCH) add_pending(job, part, &pending);
+        }
+    }
+    add_pending(job, part, &pending);
+}
+
+bool compute_ffn(const struct ffn *call) {
+    if (call->active != NULL) memset(call->active, 0, call->m * call->n);
+    if (call->m == 0 || call->n == 0) return true;
+    choose_simd();
+    threads_lock();
+    uint32_t *live = NULL;
+    size_t live_count = call->n;
+    bool ready = true;
+    if (call->mask != NULL) {
+        live = malloc(call->n * sizeof *live);
+        ready = live != NULL;
+        live_count = 0;
+        for (size_t i = 0; ready && i < call->n; i++) {
+            live[live_count] = (uint32_t)i;
+            live_count += call->mask[i] != 0;
+        }
+    }
+    const size_t parts = least(divide_up(live_count, RECORDS_PER_PART), MAX_PARTS);
+    for (size_t t = 0; ready && t < call->m; t += TOKENS) {
+        struct ffn_job job = {.call = call, .live = live, .live_count = live_count, .parts = parts, .first_token = t};
+        const size_t d = call->format.cols;
+        ready = prepare(&call->format, call->x + t * d, least(TOKENS, call->m - t), &arranged, &job.x);
+        job.acc = job.x;
+        simd->measure(&job.acc);
+        ready = ready && reserve(&accumulators, parts * sum_size(&job));
+        if (!ready) break;
+        job.sums = accumulators.data;
+        threads_run(ffn_part, &job, parts);
+        for (size_t part = 0; part < parts; part++) {
+            if (!job.used[part]) continue;
+            const float *acc = job.sums + part * sum_size(&job), *groups = acc + job.acc.m * job.acc.width;
+            for (size_t i = 0; i < job.acc.m; i++)
+                simd->collect(&job.acc, acc + i * job.acc.width, groups + i * job.acc.group_width,
+                              call->out + (t + i) * d);
+        }
+    }
+    threads_unlock();
+    free(live);
+    return ready;
+}
+
+/* --- copying and measuring ----------------------------------------------------------------------------- */
+
+struct copy_job {
+    uint8_t *target;
+    const uint8_t *source;
+    size_t target_stride, source_stride, count, size, rows_per_part;
+    const int64_t *target_rows, *source_rows;
+};
+
+static void copy_part(void *context, size_t part) {
+    const struct copy_job *job = context;
+    const size_t begin = part * job->rows_per_part, end = least(begin + job->rows_per_part, job->count);
+    for (size_t i = begin; i < end; i++)
+        memcpy(job->target + (size_t)job->target_rows[i] * job->target_stride,
+               job->source + (size_t)job->source_rows[i] * job->source_stride, job->size);
+}
+
+void compute_copy(uint8_t *target, size_t target_stride, const int64_t *target_rows, const uint8_t *source,
+                  size_t source_stride, const int64_t *source_rows, size_t count, size_t size) {
+    if (count == 0 || size == 0) return;
+    struct copy_job job = {target,      source,      target_stride, source_stride, count, size,
+                           divide_up(PART_BYTES, size), target_rows, source_rows};
+    threads_lock();
+    threads_run(copy_part, &job, divide_up(count, job.rows_per_part));
+    threads_unlock();
+}
+
+struct sweep_job {
+    const uint8_t *bytes;
+    size_t size, part_size;
+    _Atomic uint32_t total;
+};
+
+static void sweep_part(void *context, size_t part) {
+    struct sweep_job *job = context;
+    const size_t begin = part * job->part_size;
+    job->total += simd->sweep(job->bytes + begin, least(job->part_size, job->size - begin));
+}
+
+double compute_read_bandwidth(const uint8_t *bytes, size_t size) {
+    choose_simd();
+    threads_lock();
+    struct sweep_job job = {.bytes = bytes, .size = size, .part_size = 1 << 20};
+    struct timespec begin, end;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    threads_run(sweep_part, &job, divide_up(size, job.part_size));
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    threads_unlock();
+    const double seconds = (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
+    return seconds > 0 ? (double)size / seconds : 0;
+}
