@@ -13,11 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlxflash.converters import plain
+from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
 
 from mlxflash.bundle import Bundle, BundleError, Layer, LayerWriter, Manifest, Part, Record, make_record, write_manifest
 from mlxflash.bundle import file_bytes as layer_file_bytes
-from mlxflash.converters import plain
-from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
 from mlxflash.predictor import low_bit_matrix, save_low_bit
 
 LAYOUTS: dict[str, Any] = {"plain": plain}

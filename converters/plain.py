@@ -5,7 +5,6 @@ column of `down` side by side. Source: LLM in a flash (arXiv 2312.11514), "Bundl
 """
 
 import mlx.core as mx
-
 from mlxflash.converters.checkpoint import Checkpoint
 
 

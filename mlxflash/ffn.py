@@ -155,7 +155,7 @@ def _last(active: np.ndarray, ages: np.ndarray) -> np.ndarray:
 
 
 def _blocks(held: np.ndarray, capacity: int, gap: int) -> list[np.ndarray]:
-    """Units to stream, ascending, in blocks of at most `capacity`: all that are not held, and held ones in small gaps."""
+    """Units to stream, ascending, in blocks of at most `capacity`: those not held, and held ones in small gaps."""
     wanted = np.flatnonzero(~held)
     if len(wanted) == 0:
         return []

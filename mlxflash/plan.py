@@ -212,7 +212,7 @@ def _share(sizes: Sizes, slots: int) -> tuple[int, ...]:
 
 
 def parse_memory(text: str | int | None, model_bytes: int) -> int | None:
-    """ "2GB", "1.5GiB", "500MB", "60%" of the converted model, or a number of bytes; ValueError says what is accepted."""
+    """ "2GB", "1.5GiB", "500MB", "60%" of the converted model, or bytes; ValueError says what is accepted."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?b?|b|%)?\s*", str(text), re.IGNORECASE)

@@ -166,7 +166,7 @@ class _StagedLanding:
         place: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
     ):
         self._reader, self._file, self._staging, self._slots, self._place = reader, file, staging, slots, place
-        self._rounds = _extents(record, positions, staging.num_bytes)
+        self._rounds = _extents(record, positions, staging.num_bytes, BLOCK_BYTES if file.direct else 1)
         self._first: Landing | None = None
         self._error: OSError | None = None
         if self._rounds and staging.user is None:
@@ -200,15 +200,15 @@ class _StagedLanding:
                 self._staging.user = None
 
 
-def _extents(record: Record, positions: np.ndarray, capacity: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _extents(record: Record, positions: np.ndarray, capacity: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Reads of whole blocks that cover the records at `positions` (ascending), in rounds of at most `capacity` bytes.
 
     A round is its spans, uint64 [n, 3], packed into the buffer, and where each of its records then begins, int64.
     Records that share or neighbour a block share an extent.
     """
     begin = HEADER_BYTES + positions * record.stride
-    low = begin // BLOCK_BYTES * BLOCK_BYTES
-    high = -(-(begin + record.num_bytes) // BLOCK_BYTES) * BLOCK_BYTES
+    low = begin // block * block
+    high = -(-(begin + record.num_bytes) // block) * block
     if len(positions) and int((high - low).max()) > capacity:
         raise ValueError(f"records of {record.num_bytes} bytes do not fit a staging buffer of {capacity} bytes")
     added = np.cumsum(high - np.maximum(low, np.concatenate(([0], high[:-1]))))
@@ -216,7 +216,7 @@ def _extents(record: Record, positions: np.ndarray, capacity: int) -> list[tuple
     while start < len(positions):
         # A round that begins inside a shared block reads that block again, hence the one block kept in hand.
         before = int(added[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(added, before + capacity - BLOCK_BYTES, "right")))
+        stop = max(start + 1, int(np.searchsorted(added, before + capacity - block, "right")))
         lo, hi, at = low[start:stop], high[start:stop], begin[start:stop]
         first = np.flatnonzero(np.concatenate(([True], lo[1:] > hi[:-1])))
         length = hi[np.append(first[1:], len(lo)) - 1] - lo[first]

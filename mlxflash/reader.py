@@ -5,6 +5,7 @@ one (`_native/reader.c`) takes the same calls, lands the same bytes and reports 
 threads see memory views and file descriptors, never an MLX array.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxflash._native import core
 from mlxflash.bundle import HEADER_BYTES, Record
 
 PIECE_BYTES = 1 << 20  # a large span is cut into pieces, so that one sequential read keeps several threads busy
@@ -179,6 +181,77 @@ class CheckedTicket:
         self._reader.check(*self._batch)
 
 
-def make_reader() -> Reader:
-    """The best reader this installation has."""
-    return Reader()
+class NativeReader:
+    """The native engines, `threads` or `io_uring`, under the Python one's contract."""
+
+    def __init__(self, engine: str, threads: int = 16):
+        assert core is not None
+        self.engine, self.threads = engine, threads
+        self.num_reads = 0
+        self.num_bytes = 0
+        self.closed = False
+        self._core = core.Reader(threads, engine)
+        self._running: dict[int, NativeTicket] = {}
+
+    def submit(self, file: File, spans: np.ndarray, dest: memoryview) -> "NativeTicket":
+        """As Reader.submit."""
+        if self.closed:
+            raise ValueError("the reader is closed")
+        ticket = NativeTicket(self, file, self._core.submit(file.fd, spans, dest))
+        self._running[ticket.number] = ticket
+        self.num_reads += len(spans)
+        self.num_bytes += int(spans[:, 2].sum())
+        return ticket
+
+    def drain(self) -> None:
+        """As Reader.drain."""
+        for ticket in list(self._running.values()):
+            with contextlib.suppress(ReadError):
+                ticket.wait()
+
+    def close(self) -> None:
+        """As Reader.close."""
+        self.closed = True
+        self._core.close()
+
+
+class NativeTicket:
+    """As Ticket."""
+
+    def __init__(self, reader: NativeReader, file: File, number: int):
+        self.number = number
+        self._reader, self._file = reader, file
+        self._error: ReadError | None = None
+
+    def wait(self) -> None:
+        """As Ticket.wait; a batch whose wait was interrupted counts as failed, since nobody saw it succeed."""
+        if self._reader._running.pop(self.number, None) is not None:
+            self._error = ReadError(errno.EINTR, "interrupted", self._file.path, 0, 0)
+            try:
+                self._reader._core.wait(self.number)
+                self._error = None
+            except core.ReadError as error:  # type: ignore[union-attr]
+                reason = "the file ends" if "end of file" in str(error) else os.strerror(error.errno)
+                self._error = ReadError(error.errno, reason, self._file.path, error.offset, error.length)
+        if self._error is not None:
+            raise self._error
+
+
+ENGINES = ("io_uring", "threads", "python")
+
+
+def make_reader(engine: str | None = None) -> Any:
+    """A reader of the named engine, or the best this machine has."""
+    if engine not in (None, *ENGINES):
+        raise ValueError(f"reader {engine!r} is unknown: {', '.join(ENGINES)} are there")
+    if core is None and engine in ("io_uring", "threads"):
+        raise ValueError(f"reader {engine!r}: mlxflash was installed without its native part")
+    if core is None or engine == "python":
+        return Reader()
+    if engine in (None, "io_uring"):
+        try:
+            return NativeReader("io_uring")
+        except OSError as error:
+            if engine is not None:
+                raise ValueError(f"reader io_uring: this system does not allow it ({error.strerror})") from None
+    return NativeReader("threads")
