@@ -75,7 +75,7 @@ def stream_generate(
             for processor in logits_processors or ():
                 logits = processor(seen, logits)
             logprobs = logits - mx.logsumexp(logits, keepdims=True)
-            current = int(sampler(logprobs).item())
+            current = int(sampler(logprobs).item())  # type: ignore[arg-type]
             if logits_processors:
                 seen = mx.concatenate([seen, mx.array([current])])
             now = time.perf_counter()

@@ -9,7 +9,7 @@ import sys
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -281,7 +281,7 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
 
 def _load_resident(bundle: Bundle, model: nn.Module, family: Any, backend: Backend) -> list[dict[str, np.ndarray]]:
     """Read resident weights into the model; return the per-unit and bias arrays of each layer's FFN, float32."""
-    for layer in model.layers:  # type: ignore[attr-defined]
+    for layer in model.layers:
         setattr(layer, family.ffn, nn.Identity())
     dtype = backend.activation_dtype(bundle.manifest)
     weights: dict[str, mx.array] = {}
@@ -308,9 +308,9 @@ def _load_resident(bundle: Bundle, model: nn.Module, family: Any, backend: Backe
         raise BundleError(f"{bundle.path}: resident weights do not fit the model ({error}); convert again") from None
     model.eval()
     for i, layer in enumerate(bundle.manifest.layers):
-        for part in bundle.manifest.record.parts:
-            if part.offset is None and parts[i].get(part.name, np.empty(0)).shape != (layer.units,):
-                raise BundleError(f"{bundle.path}: resident part {part.name!r} of layer {i} is missing or misshapen")
+        for wanted in bundle.manifest.record.parts:
+            if wanted.offset is None and parts[i].get(wanted.name, np.empty(0)).shape != (layer.units,):
+                raise BundleError(f"{bundle.path}: resident part {wanted.name!r} of layer {i} is missing or misshapen")
     return parts
 
 
@@ -318,7 +318,7 @@ def _load_arrays(file: Path) -> dict[str, mx.array]:
     try:
         with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
             pass
-        return mx.load(str(file))  # type: ignore[return-value]
+        return cast(dict[str, mx.array], mx.load(str(file)))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise BundleError(f"{file}: not a readable safetensors file ({error}); convert again") from None
 

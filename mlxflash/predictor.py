@@ -6,7 +6,7 @@ FFN streams. `oracle` knows the truly active units from full weights (a law and 
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -64,7 +64,7 @@ def save_low_bit(file: Path, matrix: Matrix, error: np.ndarray) -> None:
 def load_low_bit(file: Path, backend: Backend, ffn: FFN, layer: Layer, offset: np.ndarray, margin: float) -> Projection:
     """The low-bit predictor of one layer; `offset` is the deciding product's bias minus its threshold, [units]."""
     try:
-        arrays, meta = mx.load(str(file), return_metadata=True)
+        arrays, meta = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True))
         bits, group = int(meta["bits"]), int(meta["group_size"])
         matrix = Matrix(arrays["weight"], arrays["scales"], arrays["biases"], bits, group)
         error = np.array(arrays["error"].astype(mx.float32))

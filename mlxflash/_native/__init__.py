@@ -1,9 +1,9 @@
 """The optional native part, imported in one place: `core` is the extension module, or None without it."""
 
-from types import ModuleType
+from typing import Any
 
-core: ModuleType | None
+core: Any
 try:
-    from mlxflash._native import _core as core
+    core = __import__("mlxflash._native._core", fromlist=["_core"])
 except ImportError:
     core = None

@@ -41,18 +41,13 @@ class CPUBackend:
     def place(self, model: nn.Module) -> None:
         """Replace linear layers and embeddings by native ones on the same weights."""
         for path, module in model.named_modules():
-            native = {
-                nn.Linear: NativeLinear,
-                nn.QuantizedLinear: NativeLinear,
-                nn.Embedding: NativeEmbedding,
-                nn.QuantizedEmbedding: NativeEmbedding,
-            }.get(type(module))
-            if native is not None:
+            linear = type(module) in (nn.Linear, nn.QuantizedLinear)
+            if linear or type(module) in (nn.Embedding, nn.QuantizedEmbedding):
                 *parents, name = path.split(".")
                 owner: Any = model
                 for step in parents:
                     owner = owner[int(step)] if isinstance(owner, list) else getattr(owner, step)
-                setattr(owner, name, native(module))
+                setattr(owner, name, NativeLinear(module) if linear else NativeEmbedding(module))
 
 
 def multiply(x: mx.array, weight: Matrix, bias: np.ndarray | None = None) -> np.ndarray:
@@ -156,9 +151,10 @@ class NativeRows:
         tokens = len(x)
         out = np.zeros((tokens, self._ffn.d_model), np.float32)
         active = np.zeros((tokens, n), np.uint8) if watch else None
+        mask = None if keep is None else keep.astype(np.uint8)
         if n:
             core.ffn(
                 out, _host(x), self._memory.memory, n, self._kind, tokens, self._ffn.d_model, self._ffn.record.stride,
-                slots_mask=None if keep is None else keep.astype(np.uint8), active=active, **self._resident, **self._call,
+                slots_mask=mask, active=active, **self._resident, **self._call,
             )  # fmt: skip
         return mx.array(out), None if active is None else active[-watch:].astype(bool)

@@ -5,7 +5,7 @@ an array with a host view is never assigned to by MLX; every computation that re
 is overwritten (`settle`); slices handed to MLX are prefixes, so that nothing is copied.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,7 +36,7 @@ def shared_array(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mem
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.size
     raw = mx.zeros((-(-(num_bytes + PAGE) // 4),), mx.uint32)  # uint32: dimensions are int32, pools pass 2 GiB
     mx.eval(raw)
-    view = memoryview(raw).cast("B")
+    view = memoryview(cast(Any, raw)).cast("B")
     skip = -np.frombuffer(view, np.uint8).ctypes.data % PAGE // 4
     array = raw[skip : skip + -(-num_bytes // 4)]
     array = array.view(dtype)[: num_bytes // dtype.size].reshape(shape)
@@ -85,7 +85,7 @@ class MLXBackend:
         return streamed + 4 * sum(p.offset is None for p in ffn.record.parts)
 
     def project(self, x: mx.array, weight: Matrix) -> np.ndarray:
-        if weight.bits:
+        if weight.scales is not None:
             x = x.astype(mx.float32) if self._device == mx.cpu else x  # half-precision x is 40 times slower there
             y = mx.quantized_matmul(
                 x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
