@@ -210,7 +210,7 @@ class Window:
             victims = self._ring.victims(self.num_rows, len(missing) - len(tail), self._token)
             victims = np.setdiff1d(victims, over)[: len(missing) - len(places)]
             places = np.concatenate((places, victims))
-        ticket.left = np.concatenate((ticket.left, missing[len(places) :]))
+        ticket.left = np.union1d(ticket.left, missing[len(places) :])
         self._land(ticket, missing[: len(places)], places)
 
     def _land(self, ticket: Ticket, ids: np.ndarray, slots: np.ndarray) -> None:
