@@ -73,6 +73,7 @@ class Ticket:
     def __init__(self, dead: np.ndarray):
         self.landings: list[Landing] = []
         self.slots: list[np.ndarray] = []
+        self.lost: list[np.ndarray] = []  # slots of landings that failed
         self.dead = dead
         self.left = np.empty(0, np.int64)
 
@@ -130,7 +131,8 @@ class Window:
 
     def hold(self, ids: np.ndarray) -> None:
         """Bring `ids` to stay, outside any token: the resident share of a layer that is streamed whole."""
-        ticket = Ticket(np.empty(0, np.int64))
+        self.drain()
+        ticket = self._pending = Ticket(np.empty(0, np.int64))
         self._land(ticket, ids, self.num_rows + np.arange(len(ids)))
         self._finish(ticket)
 
@@ -233,20 +235,19 @@ class Window:
         """Wait for every landing, then report the first error; rows of failed landings are deleted."""
         self._pending = None
         error: OSError | None = None
-        lost: list[np.ndarray] = []
         while ticket.landings:
             try:
                 ticket.landings[0].wait()
             except OSError as failure:
                 error = error or failure
-                lost.append(ticket.slots[0])
+                ticket.lost.append(ticket.slots[0])
             except BaseException:
                 self._pending = ticket  # interrupted while waiting: the reads go on, `drain` sees to them
                 raise
             ticket.landings.pop(0)
             ticket.slots.pop(0)
-        lost.extend(ticket.slots)
-        ticket.slots = []
+        lost = ticket.lost + ticket.slots
+        ticket.lost, ticket.slots = [], []
         if lost:
             self._delete(np.union1d(np.concatenate(lost), ticket.dead))
             ticket.dead = ticket.dead[:0]
