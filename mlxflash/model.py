@@ -314,6 +314,14 @@ def _load_resident(bundle: Bundle, model: nn.Module, family: Any, backend: Backe
     return parts
 
 
+def resident_part(bundle: Bundle, index: int, name: str, units: int) -> np.ndarray:
+    """One part of one layer that is resident per unit, float32 [units]; zeros where the family has none."""
+    for file in reversed(bundle.resident_files()):
+        if (array := _load_arrays(file).get(f"ffn.{index}.{name}")) is not None:
+            return np.array(array.astype(mx.float32))
+    return np.zeros(units, np.float32)
+
+
 def _load_arrays(file: Path) -> dict[str, mx.array]:
     try:
         with safe_open(file, "numpy"):  # checks the header and every offset against the file's size

@@ -230,7 +230,7 @@ class NativeTicket:
             try:
                 self._reader._core.wait(self.number)
                 self._error = None
-            except core.ReadError as error:  # type: ignore[union-attr]
+            except core.ReadError as error:
                 reason = "the file ends" if "end of file" in str(error) else os.strerror(error.errno)
                 self._error = ReadError(error.errno, reason, self._file.path, error.offset, error.length)
         if self._error is not None:
