@@ -41,8 +41,9 @@ def convert(
     """Convert a checkpoint directory into the bundle directory `target`, which must not exist.
 
     dtype: of the float parts (None: the checkpoint's). bits: 8 or 4 quantises every matrix in groups of `group_size`
-    along its input (None: floats). predictor: make the low-bit predictor, which `calibrate` measures. Raises ValueError (CheckpointError, BundleError) with one sentence, OSError
-    when the disk fails; `target` then does not exist.
+    along its input (None: floats). predictor: make the low-bit predictor, which `calibrate` measures. Raises
+    ValueError (CheckpointError, BundleError) with one sentence, OSError when the disk fails; `target` then does not
+    exist.
     """
     checkpoint, target = Checkpoint(Path(source)), Path(target)
     if target.exists():

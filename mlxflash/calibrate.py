@@ -19,7 +19,7 @@ from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
 from mlxflash.generate import reserved_cache
 from mlxflash.model import FlashModel, load_bundle, resident_part
 from mlxflash.models import max_positions
-from mlxflash.predictor import deciding_matrix, read_low_bit, save_low_bit
+from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, save_low_bit
 
 DEMAND_TOKENS = 5  # a layer's demand is the union of this many tokens' flagged units, the paper's window
 OWN_SEQUENCES = 8
@@ -98,6 +98,7 @@ def calibrate(
             "perplexity_change": change,
             "tokens": total,
             "text": source,
+            "margin": MARGIN,
             "layers": layers,
         },
         "demand": [r["demand"] for r in layers],
@@ -160,7 +161,7 @@ def _measure_layer(bundle: Bundle, index: int, x: np.ndarray, device: str | None
     half = max(1, len(x) // 2)
     shift, error = (estimate - true)[:half].mean(axis=0), (estimate - true)[:half].std(axis=0)
     save_low_bit(file, matrix, shift, error)
-    active, flagged = true[half:] > 0, estimate[half:] > shift
+    active, flagged = true[half:] > 0, estimate[half:] - shift + MARGIN * error > 0
     window = min(DEMAND_TOKENS, len(flagged))
     unions = [flagged[i : i + window].any(axis=0).sum() for i in range(len(flagged) - window + 1)]
     return {

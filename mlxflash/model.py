@@ -22,7 +22,7 @@ from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Times
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
-from mlxflash.predictor import Predictor, Projection, deciding_matrix, load_low_bit
+from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.window import Window
 
@@ -155,7 +155,7 @@ def load_bundle(
     window: int | None = None,
     device: str | None = None,
     max_kv_size: int | None = None,
-    margin: float = 0.0,
+    margin: float = MARGIN,
     check_reads: bool = False,
     direct: bool | None = None,
     backend: Backend | None = None,
@@ -274,8 +274,8 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
     if predictor == "oracle":
         return "exact (oracle)"
     said = bundle.manifest.calibration.get("low-bit")
-    if not said or margin:
-        return "approximate (not measured" + (f" at margin {margin:g})" if margin else ")")
+    if not said or margin != said["margin"]:
+        return "approximate (not measured)"
     return f"approximate (recall {said['recall']:.1%}, perplexity {said['perplexity_change']:+.2%})"
 
 
