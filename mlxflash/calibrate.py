@@ -7,7 +7,6 @@ perplexity included, through the decode path without any row left over from earl
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,8 +14,8 @@ import numpy as np
 
 from mlxflash.backends import FFN, Matrix, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
+from mlxflash.decode import reserved_cache
 from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
-from mlxflash.generate import reserved_cache
 from mlxflash.model import FlashModel, load_bundle, resident_part
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, save_low_bit
@@ -170,14 +169,3 @@ def _measure_layer(bundle: Bundle, index: int, x: np.ndarray, device: str | None
         "recall": float((active & flagged).sum() / max(1, active.sum())),
         "demand": float(np.mean(unions)),
     }
-
-
-def describe(calibration: dict[str, Any]) -> str:
-    """The measured predictor in one line, for people."""
-    said = calibration.get("low-bit")
-    if not said:
-        return "not calibrated; `mlxflash calibrate` measures it"
-    return (
-        f"recall {said['recall']:.1%}, {said['flagged']:.1%} of units flagged ({said['active']:.1%} active), "
-        f"perplexity {said['perplexity_change']:+.2%} on {said['tokens']} tokens of {said['text']}"
-    )

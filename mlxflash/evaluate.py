@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlxflash.generate import reserved_cache
+from mlxflash.decode import reserved_cache
 from mlxflash.model import FlashModel
 
 

@@ -85,6 +85,11 @@ class Flash:
         self.closed = False
         self._finalizer = weakref.finalize(self, _release, reader, self.files)
 
+    def describe(self) -> str:
+        """The plan and what carries it out, for people."""
+        direct = "direct" if self.files and self.files[0].direct else "buffered"
+        return f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+
     @property
     def exact(self) -> bool:
         return self.mode.startswith("exact")

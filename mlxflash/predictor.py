@@ -61,6 +61,7 @@ def _quantize_rows(weight: mx.array, bits: int, group: int) -> tuple[mx.array, m
     w = weight.astype(mx.float32).reshape(len(weight), -1, group)
     low, high = w.min(axis=-1, keepdims=True), w.max(axis=-1, keepdims=True)
     best: mx.array | None = None
+    kept: tuple[mx.array, mx.array, mx.array] = (low, low, low)
     for shrink in SHRINK:
         middle, half = (high + low) / 2, (high - low) / 2 * shrink
         scale = mx.maximum(2 * half / (2**bits - 1), 1e-7).astype(mx.float16).astype(mx.float32)
@@ -74,8 +75,8 @@ def _quantize_rows(weight: mx.array, bits: int, group: int) -> tuple[mx.array, m
             kept = mx.where(better, codes, kept[0]), mx.where(better, scale, kept[1]), mx.where(better, bias, kept[2])
             best = mx.minimum(error, best)
         mx.eval(best, *kept)
-    codes = np.array(kept[0].astype(mx.uint8)).reshape(len(weight), -1)
-    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little").reshape(len(weight), -1)
+    values = np.array(kept[0].astype(mx.uint8)).reshape(len(weight), -1)
+    stream = np.unpackbits(values[..., None], axis=-1, count=bits, bitorder="little").reshape(len(weight), -1)
     words = np.packbits(stream, axis=-1, bitorder="little").view(np.uint32)
     return mx.array(words), kept[1][..., 0].astype(mx.float16), kept[2][..., 0].astype(mx.float16)
 
