@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -249,4 +249,4 @@ def _bytes(array: mx.array) -> np.ndarray:
     """The bytes of each row of a 2-D array, uint8 [rows, bytes]."""
     array = mx.contiguous(array)
     mx.eval(array)
-    return np.frombuffer(memoryview(array).cast("B"), np.uint8).reshape(array.shape[0], -1)
+    return np.frombuffer(memoryview(cast(Any, array)).cast("B"), np.uint8).reshape(array.shape[0], -1)
