@@ -154,7 +154,7 @@ def _measure_layer(bundle: Bundle, index: int, x: np.ndarray, device: str | None
     bias = resident_part(bundle, index, f"{ffn.first}_bias", units)
 
     def products(weight: Matrix) -> np.ndarray:
-        return backend.project(mx.array(x), weight) + bias
+        return backend.project(mx.array(x), weight)() + bias
 
     true, estimate = products(exact), products(matrix)
     half = max(1, len(x) // 2)

@@ -22,7 +22,7 @@ from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Times
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
-from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit
+from mlxflash.predictor import MARGIN, LookAhead, Predictor, Projection, deciding_matrix, load_low_bit
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.window import Window
 
@@ -134,6 +134,7 @@ class Flash:
         for layer in self.layers:
             layer.blocks.drain()
             if layer.predictor is not None and layer.window.num_rows < layer.units:
+                layer.ticket = None
                 layer.window.clear(discard)
             else:
                 layer.window.drain()
@@ -163,6 +164,7 @@ def load_bundle(
     margin: float = MARGIN,
     check_reads: bool = False,
     direct: bool | None = None,
+    look_ahead: bool | None = None,
     backend: Backend | None = None,
     bundle: Bundle | None = None,
 ) -> FlashModel:
@@ -173,6 +175,7 @@ def load_bundle(
     deciding matrices in memory; a bound). window: drop units that the last `window` tokens did not use (the paper's
     rule; None keeps them until their memory is wanted). max_kv_size: tokens of key-value cache to plan for.
     margin: in standard errors of the low-bit estimate. check_reads: compare every record read with its checksum.
+    look_ahead: ask for the next layer's units while this one computes (None: when reads are direct).
     direct: bypass the page cache (None: when the bundle is larger than half the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -205,7 +208,7 @@ def load_bundle(
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     mode = _mode(bundle, predictor, plan, margin)
-    reader: Any = make_reader()
+    reader: Any = make_reader(direct=direct)
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
         reader = CheckedReader(reader, manifest.record, sums)
@@ -241,10 +244,28 @@ def load_bundle(
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
+        if direct if look_ahead is None else look_ahead:
+            _link(model, flash.layers, family, config)
     except BaseException:
         flash.close()
         raise
     return model
+
+
+def _link(model: Any, layers: list[FlashLayer], family: Any, config: dict[str, Any]) -> None:
+    """Let every layer ask for the next one's units early, where both are fed norms of the residual stream."""
+    if not family.ffn_norm or config.get("do_layer_norm_before") is False:
+        return
+    norms = [getattr(layer, family.ffn_norm) for layer in model.layers]
+    for i, layer in enumerate(layers[:-1]):
+        layer.next = layers[i + 1]
+        if layer.next.predictor is None or layer.predictor is None or "weight" not in norms[i]:
+            continue
+        here, there = norms[i], norms[i + 1]
+        scale = mx.where(mx.abs(here.weight) > 1e-4, there.weight / here.weight, 0)
+        shift = there.bias - here.bias * scale if "bias" in here else None
+        mx.eval(scale, shift)
+        layer.ahead = LookAhead(layer.next.predictor, scale, shift)
 
 
 def flash_bias(resident: dict[str, np.ndarray], backend: Backend, bundle: Bundle) -> mx.array | None:

@@ -1,10 +1,11 @@
-"""x to unit ids: which units of a layer this token needs. One call, `ids = predictor(x)`.
+"""x to unit ids: which units of a layer this token needs. One call, `ids = predictor.start(x)()`.
 
 A false negative is a small error, a false positive is a read. `all` is no predictor: every unit is needed, and the
 FFN streams. `oracle` knows the truly active units from full weights (a law and a bound, not a way to save memory).
 `low-bit` estimates the deciding product from a copy of its matrix in a few bits; training-free.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -19,13 +20,16 @@ MARGIN = 0.75  # recall 96 % at 1.05 times the active units on the story model (
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
+Ids = Callable[[], np.ndarray]  # the units any of the tokens needs: int64 [k], ascending
+
+
 class Predictor(Protocol):
     """`nbytes` counts against the memory budget."""
 
     nbytes: int
 
-    def __call__(self, x: mx.array) -> np.ndarray:
-        """x [tokens, d_model], the FFN's input, to the units any of the tokens needs: int64 [k], ascending."""
+    def start(self, x: mx.array) -> Ids:
+        """x [tokens, d_model], an FFN's input; the device may compute until the ids are asked for."""
 
 
 class Projection:
@@ -39,10 +43,30 @@ class Projection:
         self._backend, self._weight, self._offset = backend, weight, offset
         self.nbytes = weight.nbytes + offset.nbytes
 
-    def __call__(self, x: mx.array) -> np.ndarray:
-        estimate = self._backend.project(x, self._weight)
-        estimate = estimate[0] if len(estimate) == 1 else estimate.max(axis=0)
-        return np.flatnonzero(estimate > -self._offset)
+    def start(self, x: mx.array) -> Ids:
+        product = self._backend.project(x, self._weight)
+
+        def ids() -> np.ndarray:
+            estimate = product()
+            return np.flatnonzero((estimate[0] if len(estimate) == 1 else estimate.max(axis=0)) > -self._offset)
+
+        return ids
+
+
+class LookAhead:
+    """The next layer's predictor on this layer's FFN input, for reads that run while this layer computes.
+
+    Both layers' inputs are norms of the residual stream, this one's a layer earlier: `scale` and `shift` [d_model]
+    exchange one norm's weights for the other's.
+    """
+
+    def __init__(self, predictor: Predictor, scale: mx.array, shift: mx.array | None):
+        self._predictor, self._scale, self._shift = predictor, scale, shift
+        self.nbytes = 0
+
+    def start(self, x: mx.array) -> Ids:
+        x = x * self._scale
+        return self._predictor.start(x if self._shift is None else x + self._shift)
 
 
 def low_bit_matrix(weight: mx.array, bits: int = LOW_BITS) -> Matrix:
