@@ -7,6 +7,7 @@ else is resident. `model.flash` holds what the streaming needs and tells what it
 import resource
 import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -157,7 +158,7 @@ def load_bundle(
     path: str | Path,
     *,
     memory: str | int | None = None,
-    predictor: str | None = None,
+    predictor: str | Sequence[Predictor] | None = None,
     window: int | None = None,
     device: str | None = None,
     max_kv_size: int | None = None,
@@ -172,9 +173,10 @@ def load_bundle(
 
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
     hold it whole, within what is available). predictor: "low-bit" (default), "all" (exact), "oracle" (needs the
-    deciding matrices in memory; a bound). window: drop units that the last `window` tokens did not use (the paper's
-    rule; None keeps them until their memory is wanted). max_kv_size: tokens of key-value cache to plan for.
-    margin: in standard errors of the low-bit estimate. check_reads: compare every record read with its checksum.
+    deciding matrices in memory; a bound), or predictors of your own, one per layer. window: drop units that the last
+    `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted). max_kv_size: tokens
+    of key-value cache to plan for. margin: in standard errors of the low-bit estimate. check_reads: compare every
+    record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes (None: when reads are direct).
     direct: bypass the page cache (None: when the bundle is larger than half the memory available).
 
@@ -189,25 +191,30 @@ def load_bundle(
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a window spans at least 1 token")
-    if predictor not in (None, *PREDICTORS):
+    own = None if predictor is None or isinstance(predictor, str) else list(predictor)
+    if own is not None and len(own) != bundle.num_layers:
+        raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
+    if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
     if predictor == "low-bit" and "low-bit" not in bundle.predictors():
         raise BundleError(f"{where}: has no low-bit predictor; convert again, or use --exact")
-    if predictor is None:
+    if own is not None:
+        predictor = "own"
+    elif predictor is None:
         predictor = "low-bit" if "low-bit" in bundle.predictors() else "all"
     backend = backend or make_backend(device)
     ffn = FFN.of(manifest)
     context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
-    sizes = _sizes(bundle, config, backend, ffn, predictor)
+    own_bytes = sum(p.nbytes for p in own) if own else 0
+    sizes = _sizes(bundle, config, backend, ffn, str(predictor), own_bytes)
     plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
-    if plan.whole:
-        predictor = "all"
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
 
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
-    mode = _mode(bundle, predictor, plan, margin)
+    name = "all" if plan.whole else str(predictor)
+    mode = _mode(bundle, name, plan, margin)
     reader: Any = make_reader(direct=direct)
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
@@ -231,16 +238,16 @@ def load_bundle(
                 units=entry.units,
                 source=source,
                 rows=rows,
-                window=Window(entry.units, rows, reader, source, None if predictor == "all" else window),
+                window=Window(entry.units, rows, reader, source, None if name == "all" else window),
                 blocks=blocks or Blocks((rows, rows), 0),
                 reader=reader,
-                predictor=None
-                if predictor == "all"
-                else _predictor(predictor, bundle, i, backend, ffn, source, margin),
+                predictor=own[i]
+                if name == "own" and own
+                else _predictor(name, bundle, i, backend, ffn, source, margin),
                 down_bias=flash_bias(resident[i], backend, bundle),
                 times=flash.times,
             )
-            if predictor == "all":
+            if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
@@ -276,7 +283,9 @@ def flash_bias(resident: dict[str, np.ndarray], backend: Backend, bundle: Bundle
 
 def _predictor(
     name: str, bundle: Bundle, index: int, backend: Backend, ffn: FFN, source: Source, margin: float
-) -> Predictor:
+) -> Predictor | None:
+    if name == "all":
+        return None
     layer = bundle.manifest.layers[index]
     offset = source.resident.get(f"{ffn.first}_bias", np.zeros(layer.units, np.float32))
     if name == "low-bit":
@@ -362,7 +371,7 @@ def _is_small(name: str, array: Any) -> bool:
     return bool(array.ndim < 2 or name.endswith((".scales", ".biases"))) and array.dtype != mx.uint32
 
 
-def _sizes(bundle: Bundle, config: dict[str, Any], backend: Backend, ffn: FFN, predictor: str) -> Sizes:
+def _sizes(bundle: Bundle, config: dict[str, Any], backend: Backend, ffn: FFN, predictor: str, own: int) -> Sizes:
     manifest = bundle.manifest
     item = backend.activation_dtype(manifest).size
     resident = stored = 0
@@ -382,7 +391,7 @@ def _sizes(bundle: Bundle, config: dict[str, Any], backend: Backend, ffn: FFN, p
         predictor_bytes = sum(f.stat().st_size for f in bundle.predictor_files(predictor))
     else:
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
-        predictor_bytes = sum(layer.units for layer in manifest.layers) * first if predictor == "oracle" else 0
+        predictor_bytes = sum(layer.units for layer in manifest.layers) * first if predictor == "oracle" else own
     calibrated = manifest.calibration.get("demand")
     units = tuple(layer.units for layer in manifest.layers)
     demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units
