@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -37,14 +37,13 @@ def convert(
     group_size: int = 64,
     predictor: bool = True,
     progress: Progress = lambda what, done, total: None,
-    finish: Callable[[Bundle], dict[str, Any]] | None = None,
 ) -> Bundle:
     """Convert a checkpoint directory into the bundle directory `target`, which must not exist.
 
     dtype: of the float parts (None: the checkpoint's). bits: 8 or 4 quantises every matrix in groups of `group_size`
-    along its input (None: floats). predictor: make the low-bit predictor. finish: called with the bundle before it
-    is renamed, returns its calibration. Raises ValueError (CheckpointError, BundleError) with one sentence, OSError
-    when the disk fails; `target` then does not exist.
+    along its input (None: floats). predictor: make the low-bit predictor, which `calibrate` measures. Raises
+    ValueError (CheckpointError, BundleError) with one sentence, OSError when the disk fails; `target` then does not
+    exist.
     """
     checkpoint, target = Checkpoint(Path(source)), Path(target)
     if target.exists():
@@ -63,9 +62,7 @@ def convert(
             job.write_layer(index)
         progress("layers", checkpoint.num_layers(), checkpoint.num_layers())
         job.write_resident(progress)
-        bundle = Bundle(job.partial, job.manifest({}))
-        calibration = finish(bundle) if finish else {}
-        job.finish(calibration)
+        job.finish()
     except OSError as error:
         if error.errno is None:
             raise
@@ -123,7 +120,7 @@ class _Job:
         parts += [Part(name, "float32", (), None) for name in self.layout.PER_UNIT if name in present]
         return make_record(parts)
 
-    def manifest(self, calibration: dict[str, Any]) -> Manifest:
+    def manifest(self) -> Manifest:
         quantization = {"bits": self.bits, "group_size": self.group_size, "mode": "affine"} if self.bits else None
         return Manifest(
             model_type=self.checkpoint.config["model_type"],
@@ -135,14 +132,13 @@ class _Job:
             record=self.record,
             layers=tuple(self.layers),
             source=self.checkpoint.path.name,
-            calibration=calibration,
         )
 
     def prepare(self) -> None:
         """Make `target.partial`, or take over one that this same job left behind."""
         made_by = {
             "checkpoint": self.checkpoint.fingerprint(),
-            "manifest": self.manifest({}).to_json(),
+            "manifest": self.manifest().to_json(),
             "predictor": self.predictor,
         }
         file = self.partial / "conversion.json"
@@ -178,7 +174,8 @@ class _Job:
             raise
         if self.predictor:
             deciding = matrices["gate" if "gate" in matrices else "up"]
-            save_low_bit(guess, low_bit_matrix(deciding), np.zeros(units, np.float32))
+            unknown = np.zeros(units, np.float32)
+            save_low_bit(guess, low_bit_matrix(deciding), unknown, unknown)
 
     def _records(self, matrices: dict[str, mx.array]) -> np.ndarray:
         """Assemble records, uint8 [n, stride], from matrices [n, d_model]."""
@@ -242,9 +239,9 @@ class _Job:
                 if file.is_file():
                     shutil.copy(file, self.partial / file.name)
 
-    def finish(self, calibration: dict[str, Any]) -> None:
+    def finish(self) -> None:
+        write_manifest(self.partial, self.manifest())
         (self.partial / "conversion.json").unlink()
-        write_manifest(self.partial, self.manifest(calibration))
         os.rename(self.partial, self.target)
 
 
@@ -252,4 +249,4 @@ def _bytes(array: mx.array) -> np.ndarray:
     """The bytes of each row of a 2-D array, uint8 [rows, bytes]."""
     array = mx.contiguous(array)
     mx.eval(array)
-    return np.frombuffer(memoryview(array).cast("B"), np.uint8).reshape(array.shape[0], -1)
+    return np.frombuffer(memoryview(cast(Any, array)).cast("B"), np.uint8).reshape(array.shape[0], -1)

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from mlxflash.models import build_model, family_of
@@ -59,9 +60,7 @@ class Checkpoint:
 
     def _check_names(self) -> None:
         """Every parameter of the model is there in its shape, and nothing else that it would leave out."""
-        from mlx.utils import tree_flatten
-
-        wanted = {name: tuple(array.shape) for name, array in tree_flatten(self._model.parameters())}
+        wanted = {name: tuple(array.shape) for name, array in cast(Any, tree_flatten(self._model.parameters()))}
         if "lm_head.weight" not in wanted:
             self._where.pop("lm_head.weight", None)
             self.shapes.pop("lm_head.weight", None)
@@ -81,7 +80,7 @@ class Checkpoint:
         """Read one tensor. Raises CheckpointError when it holds NaN or infinity."""
         file, stored = self._where[name]
         try:
-            array = mx.load(str(file))[stored]  # type: ignore[index]
+            array = cast(dict[str, mx.array], mx.load(str(file)))[stored]
             mx.eval(array)
         except RuntimeError as error:
             raise CheckpointError(f"{file}: tensor {stored!r} cannot be read ({error})") from None

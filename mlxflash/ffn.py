@@ -15,7 +15,7 @@ from mlxflash.backends import Rows
 from mlxflash.pool import Landing, Source
 from mlxflash.predictor import Predictor
 from mlxflash.reader import Reader
-from mlxflash.window import Window
+from mlxflash.window import Ticket, Window
 
 SEED_TOKENS = 8  # of a prompt: their active units are worth more than older ones'; the pool's size has the last word
 
@@ -70,6 +70,9 @@ class FlashLayer:
     predictor: Predictor | None  # None: every unit is needed
     down_bias: mx.array | None
     times: Times
+    next: "FlashLayer | None" = None
+    ahead: Predictor | None = None  # what the next layer will need, from this one's input
+    ticket: Ticket | None = None  # units that the layer before asked for
     num_decoded: int = 0  # tokens that went through the window
 
 
@@ -98,15 +101,29 @@ class FlashFFN(nn.Module):
     def _sparse(self, x: mx.array) -> mx.array:
         layer, times = self._layer, self._layer.times
         assert layer.predictor is not None
-        t0 = time.perf_counter()
-        ids = layer.predictor(x)
-        t1 = time.perf_counter()
-        ticket = layer.window.request(ids)
-        t2 = time.perf_counter()
-        n = layer.window.ready(ticket)
+        clock = time.perf_counter
+        t0 = clock()
+        late = layer.predictor.start(x)
+        early = layer.ahead.start(x) if layer.ahead is not None else None
+        ids = late()
+        t1 = clock()
+        ticket, layer.ticket = layer.ticket, None
+        if ticket is None:
+            ticket = layer.window.request(ids)
+        else:
+            layer.window.add(ticket, ids)
+        t2 = clock()
         times.predict += t1 - t0
         times.manage += t2 - t1
-        times.flash += time.perf_counter() - t2
+        if early is not None and layer.next is not None:  # its reads queue behind this layer's
+            ids = early()
+            t3 = clock()
+            layer.next.ticket = layer.next.window.request(ids)
+            times.predict += t3 - t2
+            t2 = clock()
+            times.manage += t2 - t3
+        n = layer.window.ready(ticket)
+        times.flash += clock() - t2
         layer.num_decoded += len(x)
         y, _ = layer.rows.ffn(x, n)
         while len(ticket.left):  # the pool is smaller than this token: the rest replaces what is computed
@@ -118,6 +135,7 @@ class FlashFFN(nn.Module):
     def _stream(self, x: mx.array) -> mx.array:
         """Exact for any x: rows held, then all others in blocks; the last tokens' active units enter the window."""
         layer, window = self._layer, self._layer.window
+        layer.ticket = None
         first = window.advance(len(x))
         seeds = min(SEED_TOKENS, len(x)) if layer.predictor is not None else 0
         ages = first + len(x) - seeds + np.arange(seeds)  # stamps of the seeding tokens

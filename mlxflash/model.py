@@ -7,6 +7,7 @@ else is resident. `model.flash` holds what the streaming needs and tells what it
 import resource
 import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Times
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
-from mlxflash.predictor import Predictor, Projection, deciding_matrix, load_low_bit
+from mlxflash.predictor import MARGIN, LookAhead, Predictor, Projection, deciding_matrix, load_low_bit
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.window import Window
 
@@ -85,6 +86,11 @@ class Flash:
         self.closed = False
         self._finalizer = weakref.finalize(self, _release, reader, self.files)
 
+    def describe(self) -> str:
+        """The plan and what carries it out, for people."""
+        direct = "direct" if self.files and self.files[0].direct else "buffered"
+        return f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+
     @property
     def exact(self) -> bool:
         return self.mode.startswith("exact")
@@ -129,6 +135,7 @@ class Flash:
         for layer in self.layers:
             layer.blocks.drain()
             if layer.predictor is not None and layer.window.num_rows < layer.units:
+                layer.ticket = None
                 layer.window.clear(discard)
             else:
                 layer.window.drain()
@@ -151,13 +158,14 @@ def load_bundle(
     path: str | Path,
     *,
     memory: str | int | None = None,
-    predictor: str | None = None,
+    predictor: str | Sequence[Predictor] | None = None,
     window: int | None = None,
     device: str | None = None,
     max_kv_size: int | None = None,
-    margin: float = 0.0,
+    margin: float = MARGIN,
     check_reads: bool = False,
     direct: bool | None = None,
+    look_ahead: bool | None = None,
     backend: Backend | None = None,
     bundle: Bundle | None = None,
 ) -> FlashModel:
@@ -165,9 +173,11 @@ def load_bundle(
 
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
     hold it whole, within what is available). predictor: "low-bit" (default), "all" (exact), "oracle" (needs the
-    deciding matrices in memory; a bound). window: drop units that the last `window` tokens did not use (the paper's
-    rule; None keeps them until their memory is wanted). max_kv_size: tokens of key-value cache to plan for.
-    margin: in standard errors of the low-bit estimate. check_reads: compare every record read with its checksum.
+    deciding matrices in memory; a bound), or predictors of your own, one per layer. window: drop units that the last
+    `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted). max_kv_size: tokens
+    of key-value cache to plan for. margin: in standard errors of the low-bit estimate. check_reads: compare every
+    record read with its checksum.
+    look_ahead: ask for the next layer's units while this one computes (None: when reads are direct).
     direct: bypass the page cache (None: when the bundle is larger than half the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -181,26 +191,31 @@ def load_bundle(
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a window spans at least 1 token")
-    if predictor not in (None, *PREDICTORS):
+    own = None if predictor is None or isinstance(predictor, str) else list(predictor)
+    if own is not None and len(own) != bundle.num_layers:
+        raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
+    if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
     if predictor == "low-bit" and "low-bit" not in bundle.predictors():
         raise BundleError(f"{where}: has no low-bit predictor; convert again, or use --exact")
-    if predictor is None:
+    if own is not None:
+        predictor = "own"
+    elif predictor is None:
         predictor = "low-bit" if "low-bit" in bundle.predictors() else "all"
     backend = backend or make_backend(device)
     ffn = FFN.of(manifest)
     context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
-    sizes = _sizes(bundle, config, backend, ffn, predictor)
+    own_bytes = sum(p.nbytes for p in own) if own else 0
+    sizes = _sizes(bundle, config, backend, ffn, str(predictor), own_bytes)
     plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
-    if plan.whole:
-        predictor = "all"
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
 
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
-    mode = _mode(bundle, predictor, plan, margin)
-    reader: Any = make_reader()
+    name = "all" if plan.whole else str(predictor)
+    mode = _mode(bundle, name, plan, margin)
+    reader: Any = make_reader(direct=direct)
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
         reader = CheckedReader(reader, manifest.record, sums)
@@ -223,23 +238,41 @@ def load_bundle(
                 units=entry.units,
                 source=source,
                 rows=rows,
-                window=Window(entry.units, rows, reader, source, None if predictor == "all" else window),
+                window=Window(entry.units, rows, reader, source, None if name == "all" else window),
                 blocks=blocks or Blocks((rows, rows), 0),
                 reader=reader,
-                predictor=None
-                if predictor == "all"
-                else _predictor(predictor, bundle, i, backend, ffn, source, margin),
+                predictor=own[i]
+                if name == "own" and own
+                else _predictor(name, bundle, i, backend, ffn, source, margin),
                 down_bias=flash_bias(resident[i], backend, bundle),
                 times=flash.times,
             )
-            if predictor == "all":
+            if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
+        if direct if look_ahead is None else look_ahead:
+            _link(model, flash.layers, family, config)
     except BaseException:
         flash.close()
         raise
     return model
+
+
+def _link(model: Any, layers: list[FlashLayer], family: Any, config: dict[str, Any]) -> None:
+    """Let every layer ask for the next one's units early, where both are fed norms of the residual stream."""
+    if not family.ffn_norm or config.get("do_layer_norm_before") is False:
+        return
+    norms = [getattr(layer, family.ffn_norm) for layer in model.layers]
+    for i, layer in enumerate(layers[:-1]):
+        layer.next = layers[i + 1]
+        if layer.next.predictor is None or layer.predictor is None or "weight" not in norms[i]:
+            continue
+        here, there = norms[i], norms[i + 1]
+        scale = mx.where(mx.abs(here.weight) > 1e-4, there.weight / here.weight, 0)
+        shift = there.bias - here.bias * scale if "bias" in here else None
+        mx.eval(scale, shift)
+        layer.ahead = LookAhead(layer.next.predictor, scale, shift)
 
 
 def flash_bias(resident: dict[str, np.ndarray], backend: Backend, bundle: Bundle) -> mx.array | None:
@@ -250,7 +283,9 @@ def flash_bias(resident: dict[str, np.ndarray], backend: Backend, bundle: Bundle
 
 def _predictor(
     name: str, bundle: Bundle, index: int, backend: Backend, ffn: FFN, source: Source, margin: float
-) -> Predictor:
+) -> Predictor | None:
+    if name == "all":
+        return None
     layer = bundle.manifest.layers[index]
     offset = source.resident.get(f"{ffn.first}_bias", np.zeros(layer.units, np.float32))
     if name == "low-bit":
@@ -274,8 +309,8 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
     if predictor == "oracle":
         return "exact (oracle)"
     said = bundle.manifest.calibration.get("low-bit")
-    if not said or margin:
-        return "approximate (not measured" + (f" at margin {margin:g})" if margin else ")")
+    if not said or margin != said["margin"]:
+        return "approximate (not measured)"
     return f"approximate (recall {said['recall']:.1%}, perplexity {said['perplexity_change']:+.2%})"
 
 
@@ -314,6 +349,14 @@ def _load_resident(bundle: Bundle, model: nn.Module, family: Any, backend: Backe
     return parts
 
 
+def resident_part(bundle: Bundle, index: int, name: str, units: int) -> np.ndarray:
+    """One part of one layer that is resident per unit, float32 [units]; zeros where the family has none."""
+    for file in reversed(bundle.resident_files()):
+        if (array := _load_arrays(file).get(f"ffn.{index}.{name}")) is not None:
+            return np.array(array.astype(mx.float32))
+    return np.zeros(units, np.float32)
+
+
 def _load_arrays(file: Path) -> dict[str, mx.array]:
     try:
         with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
@@ -328,7 +371,7 @@ def _is_small(name: str, array: Any) -> bool:
     return bool(array.ndim < 2 or name.endswith((".scales", ".biases"))) and array.dtype != mx.uint32
 
 
-def _sizes(bundle: Bundle, config: dict[str, Any], backend: Backend, ffn: FFN, predictor: str) -> Sizes:
+def _sizes(bundle: Bundle, config: dict[str, Any], backend: Backend, ffn: FFN, predictor: str, own: int) -> Sizes:
     manifest = bundle.manifest
     item = backend.activation_dtype(manifest).size
     resident = stored = 0
@@ -348,7 +391,7 @@ def _sizes(bundle: Bundle, config: dict[str, Any], backend: Backend, ffn: FFN, p
         predictor_bytes = sum(f.stat().st_size for f in bundle.predictor_files(predictor))
     else:
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
-        predictor_bytes = sum(layer.units for layer in manifest.layers) * first if predictor == "oracle" else 0
+        predictor_bytes = sum(layer.units for layer in manifest.layers) * first if predictor == "oracle" else own
     calibrated = manifest.calibration.get("demand")
     units = tuple(layer.units for layer in manifest.layers)
     demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units

@@ -46,8 +46,11 @@ class Ring:
         self.span = span
         self._stamp = np.zeros(capacity, np.int64)
 
-    def use(self, slots: np.ndarray, token: int | np.ndarray) -> None:
+    def use(self, slots: np.ndarray, token: int | np.ndarray) -> int:
+        """Stamp slots; returns how many of them bore another stamp."""
+        fresh = int(np.count_nonzero(self._stamp[slots] != token))
         self._stamp[slots] = token
+        return fresh
 
     def move(self, sources: np.ndarray, slots: np.ndarray) -> None:
         self._stamp[slots] = self._stamp[sources]
@@ -114,15 +117,20 @@ class Window:
         Raises OSError with path, offset and length when a read fails; the window then holds what it can vouch for.
         """
         if more_ids is not None:
-            self._bring(ticket, more_ids)
+            self.add(ticket, more_ids)
         self._finish(ticket)
         if len(ticket.dead):
             self._delete(ticket.dead)
         return self.num_rows
 
+    def add(self, ticket: Ticket, more_ids: np.ndarray) -> None:
+        """Start bringing `more_ids` for the ticket's token too, those not on their way already."""
+        self._bring(ticket, more_ids)
+
     def next(self, ticket: Ticket) -> int:
         """Replace all rows by the next of `ticket.left` and return their number; the caller has used the others."""
-        ids, ticket.left = ticket.left[: self.capacity], ticket.left[self.capacity :]
+        left = np.unique(ticket.left)  # what two calls asked for may overlap, and reads want it ascending
+        ids, ticket.left = left[: self.capacity], left[self.capacity :]
         self.clear()
         self._pending = ticket
         self._land(ticket, ids, np.arange(len(ids)))
@@ -198,8 +206,7 @@ class Window:
         slots = self.slot_of[ids]
         held = slots >= 0
         missing = ids[~held]
-        self._ring.use(slots[held], self._token)
-        self.num_hits += len(ids) - len(missing)
+        self.num_hits += self._ring.use(slots[held], self._token)
         self.num_misses += len(missing)
         ticket.dead = ticket.dead[~np.isin(ticket.dead, slots[held])] if len(ticket.dead) else ticket.dead
         if len(missing) == 0:

@@ -4,6 +4,7 @@ A backend makes `Rows` (memory for units of one layer), multiplies by resident m
 activations are. The rest of the package never asks which device it runs on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,8 +76,11 @@ class Backend(Protocol):
     def slot_bytes(self, ffn: FFN) -> int:
         """Memory that one slot of `rows` takes."""
 
-    def project(self, x: mx.array, weight: "Matrix") -> np.ndarray:
-        """x [tokens, columns] times a resident matrix, float32 [tokens, rows] on the host."""
+    def project(self, x: mx.array, weight: "Matrix") -> Callable[[], np.ndarray]:
+        """x [tokens, columns] times a resident matrix: what is returned gives float32 [tokens, rows] on the host.
+
+        The device may compute between the two calls, so that several products cost one synchronisation.
+        """
 
     def place(self, model: nn.Module) -> None:
         """Put resident modules where this device computes best; called once, after loading."""

@@ -5,6 +5,7 @@ multiply the weights as stored, without a float32 copy. Kernels outrun BLAS here
 so prompts take the same path.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -35,8 +36,8 @@ class CPUBackend:
     def slot_bytes(self, ffn: FFN) -> int:
         return ffn.record.stride + 4 * sum(p.offset is None for p in ffn.record.parts)
 
-    def project(self, x: mx.array, weight: Matrix) -> np.ndarray:
-        return multiply(x, weight)
+    def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
+        return lambda: multiply(x, weight)
 
     def place(self, model: nn.Module) -> None:
         """Replace linear layers and embeddings by native ones on the same weights."""
@@ -116,7 +117,7 @@ class NativeRows:
         self.capacity = capacity
         self._ffn = ffn
         stride = ffn.record.stride
-        self._memory = RecordRows(ffn.record, host_memory(capacity * stride)[: capacity * stride], staging)
+        self._memory = RecordRows(ffn.record, host_memory(capacity * stride), staging)
         self._resident = {p.name: np.zeros(capacity, np.float32) for p in ffn.record.parts if p.offset is None}
         names = [p.name for p in ffn.record.parts if p.offset is not None]
         self._call: dict[str, Any] = {name: ffn.record[name].offset for name in names}

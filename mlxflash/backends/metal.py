@@ -5,6 +5,7 @@ an array with a host view is never assigned to by MLX; every computation that re
 is overwritten (`settle`); slices handed to MLX are prefixes, so that nothing is copied.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import mlx.core as mx
@@ -84,7 +85,7 @@ class MLXBackend:
         streamed = ffn.record.stride if self._record_rows and not ffn.bits else ffn.record.num_bytes
         return streamed + 4 * sum(p.offset is None for p in ffn.record.parts)
 
-    def project(self, x: mx.array, weight: Matrix) -> np.ndarray:
+    def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
         if weight.scales is not None:
             x = x.astype(mx.float32) if self._device == mx.cpu else x  # half-precision x is 40 times slower there
             y = mx.quantized_matmul(
@@ -92,7 +93,9 @@ class MLXBackend:
             )
         else:
             y = x @ weight.weight.T
-        return np.asarray(y.astype(mx.float32))
+        y = y.astype(mx.float32)
+        mx.async_eval(y)
+        return lambda: np.asarray(y)
 
     def place(self, model: nn.Module) -> None:
         """Modules stay as MLX made them."""

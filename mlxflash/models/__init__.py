@@ -21,6 +21,7 @@ class Family:
     activation_key: str  # of config.json
     activations: dict[str, str]  # config.json's word -> ours; any other is refused
     positions_key: str = "max_position_embeddings"
+    ffn_norm: str = ""  # attribute of a layer that norms the residual stream for the FFN
 
 
 FAMILIES = {
@@ -31,6 +32,7 @@ FAMILIES = {
         parts={"up": "fc1", "down": "fc2"},
         activation_key="activation_function",
         activations={"relu": "relu"},
+        ffn_norm="final_layer_norm",
     ),
 }
 

@@ -1,0 +1,171 @@
+"""Measure a bundle's predictor on text: what the estimate misses, what it costs, how many units tokens want.
+
+One exact pass over the text records every FFN's input; each layer's deciding products are then computed exactly and
+estimated, one layer in memory at a time. The first half of the text sets the errors, the second half is reported,
+perplexity included, through the decode path without any row left over from earlier tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxflash.backends import FFN, Matrix, make_backend
+from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
+from mlxflash.decode import reserved_cache
+from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
+from mlxflash.model import FlashModel, load_bundle, resident_part
+from mlxflash.models import max_positions
+from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, save_low_bit
+
+DEMAND_TOKENS = 5  # a layer's demand is the union of this many tokens' flagged units, the paper's window
+OWN_SEQUENCES = 8
+Progress = Callable[[str, int, int], None]
+
+
+class Recorder(nn.Module):
+    """Stands before an FFN and keeps what it is given, float32 [tokens, d_model]."""
+
+    def __init__(self, ffn: nn.Module):
+        super().__init__()
+        self._ffn = ffn
+        self._seen: list[np.ndarray] = []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._seen.append(np.array(x.reshape(-1, x.shape[-1]).astype(mx.float32)))
+        return self._ffn(x)
+
+    def inputs(self) -> np.ndarray:
+        return np.concatenate(self._seen)
+
+
+def calibrate(
+    bundle: Bundle,
+    tokens: np.ndarray | None = None,
+    *,
+    num_tokens: int = 256,
+    memory: str | int | None = None,
+    device: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Bundle:
+    """Measure the low-bit predictor on `tokens` (int [n]; None: text the model makes up itself) and record it.
+
+    At most `num_tokens` are used, in sequences no longer than the model's positions. Returns the bundle, reopened.
+    Raises ValueError when the text is too short or an activation is not a number (names the layer).
+    """
+    if "low-bit" not in bundle.predictors():
+        raise BundleError(f"{bundle.path}: has no low-bit predictor to calibrate; convert again")
+    source = "text" if tokens is not None else "the model's own text"
+    with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
+        sequences = _sequences(model, tokens, num_tokens, progress)
+        recorders = _record(model)
+        exact = []
+        for i, sequence in enumerate(sequences):
+            progress("exact pass", i, len(sequences))
+            exact.append(prompt_losses(model, sequence))
+        progress("exact pass", len(sequences), len(sequences))
+        inputs = [recorder.inputs() for recorder in recorders]
+        plan = model.flash.plan
+        if plan.whole:  # what is held whole needs no predictor, so leave some of it out
+            memory = plan.memory - plan.pools // 4
+    layers = []
+    for index, x in enumerate(inputs):
+        progress("layers", index, len(inputs))
+        layers.append(_measure_layer(bundle, index, x, device))
+    progress("layers", len(inputs), len(inputs))
+    half = max(1, len(sequences) // 2)
+    reported = sequences[half:] or sequences
+    losses, total = [], sum(len(s) - 1 for s in reported)
+    with load_bundle(bundle.path, memory=memory, window=1, device=device, bundle=bundle) as model:
+        if not model.flash.exact:
+            for sequence in reported:
+                model.flash.forget()
+                for loss in decode_losses(model, sequence):
+                    losses.append(loss)
+                    progress("decode pass", len(losses), total)
+    dense = perplexity(np.concatenate(exact[half:] or exact))
+    change = perplexity(np.array(losses)) / dense - 1 if losses else 0.0
+    active, hit = sum(r["active"] for r in layers), sum(r["active"] * r["recall"] for r in layers)
+    result = {
+        "low-bit": {
+            "recall": hit / active if active else 1.0,
+            "flagged": float(np.mean([r["flagged"] for r in layers])),
+            "active": float(np.mean([r["active"] for r in layers])),
+            "perplexity": dense,
+            "perplexity_change": change,
+            "tokens": total,
+            "text": source,
+            "margin": MARGIN,
+            "layers": layers,
+        },
+        "demand": [r["demand"] for r in layers],
+    }
+    write_manifest(bundle.path, replace(bundle.manifest, calibration=bundle.manifest.calibration | result))
+    return Bundle.open(bundle.path)
+
+
+def _sequences(model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress) -> list[np.ndarray]:
+    longest = min(512, max_positions(model.flash.bundle.config()), model.flash.plan.context)
+    if tokens is None:
+        return _own_text(model, min(max(2, num_tokens // OWN_SEQUENCES), longest), progress)
+    length = min(longest, max(2, min(num_tokens, len(tokens)) // 2))
+    tokens = tokens[:num_tokens]
+    if len(tokens) < 16:
+        raise ValueError(f"calibration text of {len(tokens)} tokens is too short: give hundreds, at least 16")
+    return [tokens[i : i + length] for i in range(0, len(tokens) - 1, length) if len(tokens) - i > 1]
+
+
+def _own_text(model: FlashModel, length: int, progress: Progress) -> list[np.ndarray]:
+    """Sequences the exact model samples at temperature 1 from different first tokens: int [length] each."""
+    rng = np.random.default_rng(0)
+    vocabulary = int(model.flash.bundle.config()["vocab_size"])
+    steps = [rng.integers(0, vocabulary, OWN_SEQUENCES)]
+    cache = reserved_cache(model, None, length)
+    for i in range(length - 1):
+        progress("own text", i, length - 1)
+        logits = model(mx.array(steps[-1][:, None]), cache=cache)[:, -1].astype(mx.float32)
+        noise = rng.gumbel(size=logits.shape).astype(np.float32)
+        steps.append(np.argmax(np.array(logits) + noise, axis=-1))
+    progress("own text", length - 1, length - 1)
+    return list(np.stack(steps, axis=1))
+
+
+def _record(model: FlashModel) -> list[Recorder]:
+    recorders = []
+    for layer in model.layers:
+        name = next(name for name, module in layer.children().items() if type(module).__name__ == "FlashFFN")
+        recorders.append(Recorder(getattr(layer, name)))
+        setattr(layer, name, recorders[-1])
+    return recorders
+
+
+def _measure_layer(bundle: Bundle, index: int, x: np.ndarray, device: str | None) -> dict[str, float]:
+    """Set a layer's errors from the first half of x [tokens, d_model]; measure the second half."""
+    if not np.isfinite(x).all():
+        raise ValueError(f"{bundle.path}: layer {index} is given NaN or infinity on the calibration text")
+    backend, ffn = make_backend(device), FFN.of(bundle.manifest)
+    units, stride = bundle.manifest.layers[index].units, ffn.record.stride
+    raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES)
+    exact = deciding_matrix(ffn, raw.reshape(units, stride))
+    file = bundle.predictor_files("low-bit")[index]
+    matrix, _, _ = read_low_bit(file, ffn, bundle.manifest.layers[index])
+    bias = resident_part(bundle, index, f"{ffn.first}_bias", units)
+
+    def products(weight: Matrix) -> np.ndarray:
+        return backend.project(mx.array(x), weight)() + bias
+
+    true, estimate = products(exact), products(matrix)
+    half = max(1, len(x) // 2)
+    shift, error = (estimate - true)[:half].mean(axis=0), (estimate - true)[:half].std(axis=0)
+    save_low_bit(file, matrix, shift, error)
+    active, flagged = true[half:] > 0, estimate[half:] - shift + MARGIN * error > 0
+    window = min(DEMAND_TOKENS, len(flagged))
+    unions = [flagged[i : i + window].any(axis=0).sum() for i in range(len(flagged) - window + 1)]
+    return {
+        "active": float(active.mean()),
+        "flagged": float(flagged.mean()),
+        "recall": float((active & flagged).sum() / max(1, active.sum())),
+        "demand": float(np.mean(unions)),
+    }

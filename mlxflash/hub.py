@@ -1,0 +1,97 @@
+"""A model's name to a bundle on disk: the embedded story model, bundles, checkpoints, aliases, Hugging Face names.
+
+What is not yet a bundle is converted once into a cache folder (MLXFLASH_CACHE, else ~/.cache/mlxflash) and reused.
+Nothing is downloaded unless the name is a remote model's. Downloads are huggingface_hub's: they resume.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+STORY = Path(__file__).parent / "story.flash"
+OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
+ALIASES = {f"opt-{size}": f"facebook/opt-{size}" for size in OPT_SIZES}
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+Progress = Callable[[str, int, int], None]
+
+
+def cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MLXFLASH_CACHE") or Path(home) / "mlxflash")
+
+
+def find_bundle(
+    name: str | Path,
+    *,
+    dtype: str | None = None,
+    bits: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """The bundle directory of `name`, converting (and downloading) it first where that is needed.
+
+    Raises ValueError with one sentence when there is no such model or it cannot be converted.
+    """
+    if str(name) == "story":
+        return STORY
+    path = Path(name)
+    if (path / "manifest.json").is_file():
+        return path
+    if path.exists():
+        return _converted(path, str(path.resolve()), path.resolve().name, dtype, bits, progress, say)
+    repo = ALIASES.get(str(name), str(name))
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or str(name).startswith((".", "/")):
+        known = ", ".join(["story", *ALIASES])
+        raise ValueError(f"model {str(name)!r}: no such directory, hub name (org/name) or alias ({known})")
+    target = _target(repo, repo.replace("/", "--"), dtype, bits)
+    if (target / "manifest.json").is_file():
+        return target
+    return _converted(download(repo), repo, repo.replace("/", "--"), dtype, bits, progress, say)
+
+
+def download(repo: str) -> Path:
+    """The checkpoint of a hub repository, downloaded or as the hub's own cache has it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=CHECKPOINT_FILES))
+    except RepositoryNotFoundError:
+        raise ValueError(f"model {repo!r}: the Hugging Face hub has no such repository, or it needs a login") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = type(error).__name__
+        raise ValueError(
+            f"model {repo!r}: not on this machine, and the Hugging Face hub cannot be reached ({reason}); "
+            "connect, or give a checkpoint directory"
+        ) from None
+
+
+def _target(identity: str, label: str, dtype: str | None, bits: int | None) -> Path:
+    options = f"{dtype or 'as-is'}-q{bits}" if bits else dtype or "as-is"
+    digest = hashlib.sha256(f"{identity} {options}".encode()).hexdigest()[:8]
+    return cache_folder() / f"{label}-{options}-{digest}.flash"
+
+
+def _converted(
+    checkpoint: Path,
+    identity: str,
+    label: str,
+    dtype: str | None,
+    bits: int | None,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Path:
+    target = _target(identity, label, dtype, bits)
+    if (target / "manifest.json").is_file():
+        return target
+    from mlxflash.calibrate import calibrate
+    from mlxflash.converters import convert
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    say(f"converting {label} into {target} (once)")
+    bundle = convert(checkpoint, target, dtype=dtype, bits=bits, progress=progress)
+    if "low-bit" in bundle.predictors():
+        calibrate(bundle, progress=progress)
+    return target
