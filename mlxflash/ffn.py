@@ -88,7 +88,7 @@ class FlashFFN(nn.Module):
         if layer.reader.closed:
             raise ValueError("this model is closed; load it again")
         tokens = x.reshape(-1, x.shape[-1])
-        if layer.window.num_rows == layer.units:
+        if layer.window.num_rows == layer.units and layer.ticket is None:
             y, _ = layer.rows.ffn(tokens, layer.units)
         elif layer.predictor is None or x.shape[1] > 1:
             y = self._stream(tokens)

@@ -134,8 +134,8 @@ class Flash:
         self.reader.drain()
         for layer in self.layers:
             layer.blocks.drain()
+            layer.ticket = None
             if layer.predictor is not None and layer.window.num_rows < layer.units:
-                layer.ticket = None
                 layer.window.clear(discard)
             else:
                 layer.window.drain()
