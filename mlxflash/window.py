@@ -129,8 +129,7 @@ class Window:
 
     def next(self, ticket: Ticket) -> int:
         """Replace all rows by the next of `ticket.left` and return their number; the caller has used the others."""
-        left = np.unique(ticket.left)  # what two calls asked for may overlap, and reads want it ascending
-        ids, ticket.left = left[: self.capacity], left[self.capacity :]
+        ids, ticket.left = ticket.left[: self.capacity], ticket.left[self.capacity :]
         self.clear()
         self._pending = ticket
         self._land(ticket, ids, np.arange(len(ids)))
@@ -206,6 +205,8 @@ class Window:
         slots = self.slot_of[ids]
         held = slots >= 0
         missing = ids[~held]
+        if len(ticket.left):  # a correction may name them again
+            missing = np.setdiff1d(missing, ticket.left)
         self.num_hits += self._ring.use(slots[held], self._token)
         self.num_misses += len(missing)
         ticket.dead = ticket.dead[~np.isin(ticket.dead, slots[held])] if len(ticket.dead) else ticket.dead
