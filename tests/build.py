@@ -211,7 +211,9 @@ BACKENDS = {
 
 
 def load(path, backend="parts-alias", budget="least", predictor="oracle", **settings):
-    """A bundle's model at a budget: `whole`, `part` (about 60 % of the units) or `least`, the smallest allowed."""
+    """A bundle's model at a budget: `least`, the smallest allowed; `part`, about 60 % of the units; `room`, slots for
+    every unit, filled as tokens want them; `whole`, everything in memory before the first token.
+    """
     from mlxflash.model import load_bundle
     from mlxflash.plan import BudgetError
 
@@ -223,13 +225,9 @@ def load(path, backend="parts-alias", budget="least", predictor="oracle", **sett
     except BudgetError as error:
         memory = error.smallest
     model = load_bundle(path, memory=memory, **settings)
-    while budget == "part" and model.flash.plan.pools < 0.55 * sum(model.flash.plan.units) * slot_bytes(model):
+    share = {"least": 0, "part": 0.55, "room": 1}[budget]
+    while sum(model.flash.plan.capacities) < share * sum(model.flash.plan.units):
         model.close()
         memory += 30_000
         model = load_bundle(path, memory=memory, **settings)
     return model
-
-
-def slot_bytes(model):
-    """What one unit takes in a pool."""
-    return model.flash.plan.pools // sum(model.flash.plan.capacities)

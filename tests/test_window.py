@@ -131,11 +131,10 @@ class World:
             self.last[unit] = self.token
 
     def assert_counted(self, counted, ids, held):
-        """Hits and misses since `counted` are what ids found in `held`; returns the counts now."""
+        """Hits and misses since `counted` are what ids, none of them counted yet, found in `held`."""
         now = self.window.num_hits, self.window.num_misses
         hits = len(held & set(ids.tolist()))
         assert (now[0] - counted[0], now[1] - counted[1]) == (hits, len(ids) - hits)
-        return now
 
     def assert_victims(self, before, after, ids, first):
         """From `before` to `after` only the longest unused left, none of the `first` known ids, none without need.
@@ -167,7 +166,7 @@ class World:
         self.use(ids)
         ticket = window.request(ids)
         if not lossy:
-            counted = self.assert_counted(counted, ids, before)
+            self.assert_counted(counted, ids, before)
         self.assert_sound(flying=True)
         if self.rng.random() < 0.2:
             self.seen.add("abandoned")
@@ -175,14 +174,15 @@ class World:
         more = None
         if self.rng.random() < 0.4:
             more = np.setdiff1d(self.some_units(), ids) if self.rng.random() < 0.5 else self.some_units()
-            held = self.held()
-            ids = np.union1d(ids, more)
+            held, counted = self.held(), (window.num_hits, window.num_misses)
             self.use(more)
-        n = window.ready(ticket, more)
-        if more is not None:
+            window.add(ticket, more)
             self.seen.add("corrected")
-        if more is not None and not lossy:
-            self.assert_counted(counted, more, held)
+            self.assert_counted(counted, np.setdiff1d(more, ids), held)
+            ids = np.union1d(ids, more)
+            if self.rng.random() < 0.5:
+                more = None
+        n = window.ready(ticket, more)
         assert n == window.num_rows
         self.assert_sound()
         after = self.held()
