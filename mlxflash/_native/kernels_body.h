@@ -10,13 +10,16 @@
      vf_from_field                the float of a value below 2^31
      vu_lane_groups(shift)        lane >> shift for every lane
 
-   A q is never shifted down to be used. A 32-bit lane holds V consecutive q's; masking the k-th in place and
-   converting gives q * 2^(bits * k), and x carries the factor 2^-(bits * k), so a q costs one AND, one
-   conversion and one FMA whatever its width, all exact. For this x is arranged so that the values which meet
-   the k-th q's of a vector of lanes are neighbours: arranged[(block * V + k) * LANES + lane] belongs to column
-   (block * LANES + lane) * V + k. Only the topmost q of a full lane is shifted, because not every instruction
-   set converts unsigned integers. The scale is applied once per lane and block; the bias meets the sum of the
-   group's x, which every row shares. */
+   A q is never shifted down to be used. A 32-bit lane holds V consecutive q's, taken in runs of at most 8;
+   masking the k-th of a run in place and converting gives q * 2^(bits * k), and x carries 2^-(bits * k), so a q
+   of any width costs one AND, one conversion and one FMA, all exact. For this x is arranged so that the values
+   which meet the k-th q's of a vector of lanes are neighbours: vector block * V + k holds, for every lane,
+   column (block * LANES + lane) * V + k. Only the topmost q of a full lane is shifted, because not every
+   instruction set converts unsigned integers. The scale is applied once per lane and block; the bias meets the
+   sum of the group's x, which every row shares.
+
+   Tokens are taken in tiles of 4, 2 and 1. A tile's x has its tokens' vectors next to each other, so that one
+   pointer reaches them all; vectors are padded with zeros. Accumulators are laid out like x. */
 
 #include <string.h>
 
@@ -24,8 +27,8 @@
 
 #define UNROLL _Pragma("GCC unroll 32")
 
-/* V: the q's in a lane. They are taken in runs of at most 8, between which the lane is shifted. */
 #define LANE_VALUES(bits) ((bits) == 1 ? 32 : (bits) == 2 ? 16 : (bits) == 3 || (bits) == 4 ? 8 : 4)
+#define RUN_VALUES(bits) (LANE_VALUES(bits) < 8 ? LANE_VALUES(bits) : 8)
 #define LANE_BITS(bits) ((bits) * LANE_VALUES(bits))
 #define BLOCK_BYTES(bits) ((size_t)LANE_BITS(bits) * LANES / 8)
 #define KIND_SIZE(kind) ((kind) == F32 ? 4 : 2)
@@ -46,24 +49,9 @@ INLINE vf load_some_values(const int kind, const uint8_t *p, size_t count) {
     return load_values(kind, padded);
 }
 
-static inline vf load_scales(enum kind kind, const uint8_t *p, size_t first, size_t count) {
-    p += first * KIND_SIZE(kind);
-    if (count < LANES) return load_some_values(kind, p, count);
-    return load_values(kind, p);
-}
-
 INLINE vu load_lanes(const int bits, const uint8_t *p) {
     if (LANE_BITS(bits) == 24) return vu_load3(p);
     return LANE_BITS(bits) == 20 ? vu_load5(p) : vu_load(p);
-}
-
-/* The first `count` lanes; q's of the other lanes are zero. */
-INLINE vu load_some_lanes(const int bits, const uint8_t *p, size_t count) {
-    if (count >= LANES) return load_lanes(bits, p);
-    uint8_t padded[BLOCK_BYTES(bits)];
-    memset(padded, 0, sizeof padded);
-    memcpy(padded, p, count * LANE_BITS(bits) / 8);
-    return load_lanes(bits, padded);
 }
 
 INLINE vf field(const int bits, const int k, vu lanes) {
@@ -72,61 +60,29 @@ INLINE vf field(const int bits, const int k, vu lanes) {
 }
 
 static float field_unit(int bits, int k) {
-    return bits * (k + 1) == 32 ? 1.0f : 1.0f / (float)(UINT64_C(1) << (bits * k));
+    k %= RUN_VALUES(bits);
+    return bits * (k + 1) == 32 ? 1.0f : 1.0f / (float)(1u << (bits * k));
 }
 
-/* --- dots: several rows times several tokens in registers ---------------------------------------------- */
+/* --- rows of an affine format --------------------------------------------------------------------------- */
 
-INLINE void dense_dots(const int kind, const int R, const int M, const struct operand *p, const struct row *rows,
-                       const float *x, float *out, size_t out_stride) {
-    const int U = R * M >= 8 ? 1 : R * M >= 4 ? 2 : 4; /* enough sums in flight to hide an FMA's latency */
-    const size_t cols = p->format.cols, width = p->width;
-    const uint8_t *w[4];
-    vf sum[4][4][4];
-    UNROLL for (int r = 0; r < R; r++) w[r] = rows[r].weights;
-    UNROLL for (int u = 0; u < U; u++)
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < M; t++) sum[u][r][t] = vf_set(0);
-    size_t c = 0;
-    for (; c + U * LANES <= cols; c += U * LANES)
-        UNROLL for (int u = 0; u < U; u++)
-            UNROLL for (int r = 0; r < R; r++) {
-                const vf v = load_values(kind, w[r] + (c + u * LANES) * KIND_SIZE(kind));
-                UNROLL for (int t = 0; t < M; t++)
-                    sum[u][r][t] = vf_fma(v, vf_load(x + t * width + c + u * LANES), sum[u][r][t]);
-            }
-    for (; c < cols; c += LANES) {
-        const size_t left = cols - c;
-        vf v[4], xv[4];
-        UNROLL for (int r = 0; r < R; r++) {
-            const uint8_t *p = w[r] + c * KIND_SIZE(kind);
-            v[r] = left < LANES ? load_some_values(kind, p, left) : load_values(kind, p);
-        }
-        UNROLL for (int t = 0; t < M; t++) {
-            const float *p = x + t * width + c;
-            xv[t] = left < LANES ? load_some_values(F32, (const uint8_t *)p, left) : vf_load(p);
-        }
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < M; t++) sum[0][r][t] = vf_fma(v[r], xv[t], sum[0][r][t]);
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < M; t++) {
-            vf total = sum[0][r][t];
-            UNROLL for (int u = 1; u < U; u++) total += sum[u][r][t];
-            out[t * out_stride + r] = vf_sum(total);
-        }
-}
+/* A row's last lanes and last scales seldom fill a vector, and may end where memory ends. They are read from
+   here. */
+struct row_end {
+    uint8_t lanes[LANES * 4], scales[LANES * 4], biases[LANES * 4];
+};
 
-/* How the lanes of one group follow each other: `lanes` of them; the groups of a block's lanes start at
-   `first` and move on by `step` every `blocks` blocks. */
-struct lane_map {
-    size_t lanes, blocks;
+/* `lanes` to a group; the groups of a block's lanes start at `first` and move on by `step` every `blocks`
+   blocks. */
+struct affine_shape {
+    size_t groups, lanes, blocks;
     vu first, step;
 };
 
-INLINE struct lane_map map_lanes(const int bits, size_t group) {
-    const size_t lanes = group / LANE_VALUES(bits);
-    return (struct lane_map){
+INLINE struct affine_shape affine_shape(const int bits, const struct format *f) {
+    const size_t lanes = f->group / LANE_VALUES(bits);
+    return (struct affine_shape){
+        f->cols / f->group,
         lanes,
         lanes > LANES ? lanes / LANES : 1,
         vu_lane_groups(__builtin_ctz((unsigned)lanes)),
@@ -134,127 +90,181 @@ INLINE struct lane_map map_lanes(const int bits, size_t group) {
     };
 }
 
-INLINE void affine_dots(const int bits, const int R, const int M, const struct operand *p, const struct row *rows,
-                        const float *x, const float *x_groups, float *out, size_t out_stride) {
-    const int V = LANE_VALUES(bits);
-    const size_t groups = p->format.cols / p->format.group, width = p->width, group_width = p->group_width;
-    const struct lane_map map = map_lanes(bits, p->format.group);
-    const enum kind scale_kind = p->format.scale_kind;
-    const uint8_t *w[4];
-    vf sum[4][4];
-    UNROLL for (int r = 0; r < R; r++) {
-        w[r] = rows[r].weights;
-        UNROLL for (int t = 0; t < M; t++) sum[r][t] = vf_set(0);
+INLINE void copy_row_end(const int bits, const struct format *f, const struct row *row, struct row_end *end) {
+    const size_t groups = f->cols / f->group, scale = KIND_SIZE(f->scale_kind), left = groups % LANES;
+    const size_t row_bytes = f->cols / 8 * (size_t)bits, bytes = row_bytes % BLOCK_BYTES(bits);
+    if (left != 0) {
+        *end = (struct row_end){0};
+        memcpy(end->scales, row->scales + (groups - left) * scale, left * scale);
+        memcpy(end->biases, row->biases + (groups - left) * scale, left * scale);
     }
-    for (size_t g = 0; g < groups; g += LANES) {
-        const size_t here = groups - g < LANES ? groups - g : LANES;
-        vf scales[4];
-        UNROLL for (int r = 0; r < R; r++) {
-            const vf biases = load_scales(scale_kind, rows[r].biases, g, here);
-            scales[r] = load_scales(scale_kind, rows[r].scales, g, here);
-            UNROLL for (int t = 0; t < M; t++)
-                sum[r][t] = vf_fma(biases, vf_load(x_groups + t * group_width + g), sum[r][t]);
+    if (bytes != 0) memcpy(end->lanes, row->weights + row_bytes - bytes, bytes);
+}
+
+static inline vf load_scales(enum kind kind, const uint8_t *p) {
+    return kind == F16 ? vf_from_f16(p) : load_values(kind, p);
+}
+
+/* --- dots: one row times a tile of tokens ---------------------------------------------------------------- */
+
+/* One row at a time, since memory likes one stream best, and meanwhile a later one is called into the cache:
+   the processor's own guess ends with the row, or the page. */
+INLINE void prefetch(const uint8_t *p, size_t size) {
+    for (size_t i = 0; i < size; i += CACHE_LINE) __builtin_prefetch(p + i);
+}
+
+INLINE void dense_dot(const int kind, const int M, const struct operand *p, const struct row *row,
+                      const struct row *soon, const float *x, float *out, size_t out_stride) {
+    enum { MOST = 8 }; /* sums in flight, to hide an FMA's latency */
+    const int U = MOST / M;
+    const size_t cols = p->format.cols;
+    const uint8_t *w = row->weights, *next = soon->weights;
+    vf sum[MOST][4];
+    UNROLL for (int u = 0; u < U; u++)
+        UNROLL for (int t = 0; t < M; t++) sum[u][t] = vf_set(0);
+    size_t c = 0;
+    for (; c + U * LANES <= cols; c += U * LANES, x += U * M * LANES) {
+        prefetch(next + c * KIND_SIZE(kind), U * LANES * KIND_SIZE(kind));
+        UNROLL for (int u = 0; u < U; u++) {
+            const vf v = load_values(kind, w + (c + u * LANES) * KIND_SIZE(kind));
+            UNROLL for (int t = 0; t < M; t++) sum[u][t] = vf_fma(v, vf_load(x + (u * M + t) * LANES), sum[u][t]);
         }
-        size_t left = here * map.lanes;
-        for (vu at = map.first; left > 0; at += map.step) {
-            vf scale[4];
-            UNROLL for (int r = 0; r < R; r++) scale[r] = vf_pick(scales[r], at);
-            for (size_t b = 0; b < map.blocks; b++) {
-                vu q[4];
-                vf part[4][4];
-                UNROLL for (int r = 0; r < R; r++) {
-                    q[r] = load_some_lanes(bits, w[r], left);
-                    w[r] += BLOCK_BYTES(bits);
-                }
-                UNROLL for (int k = 0; k < V; k++)
-                    UNROLL for (int r = 0; r < R; r++) {
-                        const vf v = field(bits, k, q[r]);
-                        UNROLL for (int t = 0; t < M; t++) {
-                            const vf xv = vf_load(x + t * width + k * LANES);
-                            if (k == 0) part[r][t] = v * xv;
-                            else part[r][t] = vf_fma(v, xv, part[r][t]);
-                        }
+    }
+    for (; c < cols; c += LANES, x += M * LANES) {
+        const uint8_t *p = w + c * KIND_SIZE(kind);
+        const vf v = cols - c < LANES ? load_some_values(kind, p, cols - c) : load_values(kind, p);
+        UNROLL for (int t = 0; t < M; t++) sum[0][t] = vf_fma(v, vf_load(x + t * LANES), sum[0][t]);
+    }
+    UNROLL for (int t = 0; t < M; t++) {
+        UNROLL for (int u = 1; u < U; u++) sum[0][t] += sum[u][t];
+        out[t * out_stride] = vf_sum(sum[0][t]);
+    }
+}
+
+INLINE void affine_dot(const int bits, const int M, const struct operand *p, const struct row *row,
+                       const struct row *soon, const float *x, const float *x_groups, float *out,
+                       size_t out_stride) {
+    const int V = LANE_VALUES(bits), RUN = RUN_VALUES(bits);
+    const struct affine_shape shape = affine_shape(bits, &p->format);
+    const enum kind scale_kind = p->format.scale_kind;
+    const uint8_t *w = row->weights, *next = soon->weights;
+    struct row_end end;
+    vf sum[4];
+    copy_row_end(bits, &p->format, row, &end);
+    UNROLL for (int t = 0; t < M; t++) sum[t] = vf_set(0);
+    for (size_t g = 0; g < shape.groups; g += LANES, x_groups += M * LANES) {
+        const bool is_whole = shape.groups - g >= LANES;
+        const size_t offset = g * KIND_SIZE(scale_kind);
+        const vf scales = load_scales(scale_kind, is_whole ? row->scales + offset : end.scales);
+        const vf biases = load_scales(scale_kind, is_whole ? row->biases + offset : end.biases);
+        prefetch(soon->scales + offset, 1);
+        prefetch(soon->biases + offset, 1);
+        UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(biases, vf_load(x_groups + t * LANES), sum[t]);
+        size_t left = (is_whole ? LANES : shape.groups - g) * shape.lanes;
+        for (vu at = shape.first; left > 0; at += shape.step) {
+            const vf scale = vf_pick(scales, at);
+            for (size_t b = 0; b < shape.blocks; b++) {
+                vu lanes = load_lanes(bits, left < LANES ? end.lanes : w);
+                vf part[4];
+                prefetch(next, 1);
+                w += BLOCK_BYTES(bits);
+                next += BLOCK_BYTES(bits);
+                UNROLL for (int t = 0; t < M; t++) part[t] = vf_set(0);
+                for (int run = 0; run < V; run += RUN) {
+                    UNROLL for (int k = 0; k < RUN; k++) {
+                        const vf v = field(bits, k, lanes);
+                        UNROLL for (int t = 0; t < M; t++)
+                            part[t] = vf_fma(v, vf_load(x + (k * M + t) * LANES), part[t]);
                     }
-                UNROLL for (int r = 0; r < R; r++)
-                    UNROLL for (int t = 0; t < M; t++) sum[r][t] = vf_fma(scale[r], part[r][t], sum[r][t]);
-                x += V * LANES;
+                    if (RUN < V) lanes >>= RUN * bits;
+                    x += RUN * M * LANES;
+                }
+                UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(scale, part[t], sum[t]);
                 left = left > LANES ? left - LANES : 0;
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < M; t++) out[t * out_stride + r] = vf_sum(sum[r][t]);
+    UNROLL for (int t = 0; t < M; t++) out[t * out_stride] = vf_sum(sum[t]);
 }
 
 /* --- axpys: several rows, each times a number, into several tokens' accumulators ----------------------- */
 
 INLINE void dense_axpys(const int kind, const int R, const int M, const struct operand *p, const struct row *rows,
                         const float *h, size_t h_stride, float *acc) {
-    const size_t cols = p->format.cols, width = p->width;
+    const size_t cols = p->format.cols;
     const uint8_t *w[4];
     vf factor[4][4];
     UNROLL for (int r = 0; r < R; r++) {
         w[r] = rows[r].weights;
         UNROLL for (int t = 0; t < M; t++) factor[t][r] = vf_set(h[t * h_stride + r]);
     }
-    for (size_t c = 0; c < cols; c += LANES) {
-        const size_t left = cols - c;
+    size_t c = 0;
+    for (; c + LANES <= cols; c += LANES, acc += M * LANES) {
         vf v[4];
-        UNROLL for (int r = 0; r < R; r++) {
-            const uint8_t *p = w[r] + c * KIND_SIZE(kind);
-            v[r] = left < LANES ? load_some_values(kind, p, left) : load_values(kind, p);
-        }
+        UNROLL for (int r = 0; r < R; r++) v[r] = load_values(kind, w[r] + c * KIND_SIZE(kind));
         UNROLL for (int t = 0; t < M; t++) {
-            vf sum = vf_load(acc + t * width + c);
+            vf sum = vf_load(acc + t * LANES);
             UNROLL for (int r = 0; r < R; r++) sum = vf_fma(factor[t][r], v[r], sum);
-            vf_store(acc + t * width + c, sum);
+            vf_store(acc + t * LANES, sum);
         }
+    }
+    UNROLL for (int r = 0; r < R && c < cols; r++) {
+        const vf v = load_some_values(kind, w[r] + c * KIND_SIZE(kind), cols - c);
+        UNROLL for (int t = 0; t < M; t++)
+            vf_store(acc + t * LANES, vf_fma(factor[t][r], v, vf_load(acc + t * LANES)));
     }
 }
 
 INLINE void affine_axpys(const int bits, const int R, const int M, const struct operand *p, const struct row *rows,
                          const float *h, size_t h_stride, float *acc, float *acc_groups) {
-    const int V = LANE_VALUES(bits);
-    const size_t groups = p->format.cols / p->format.group, width = p->width, group_width = p->group_width;
-    const struct lane_map map = map_lanes(bits, p->format.group);
+    const int V = LANE_VALUES(bits), RUN = RUN_VALUES(bits);
+    const struct affine_shape shape = affine_shape(bits, &p->format);
     const enum kind scale_kind = p->format.scale_kind;
+    struct row_end ends[4];
     const uint8_t *w[4];
-    UNROLL for (int r = 0; r < R; r++) w[r] = rows[r].weights;
-    for (size_t g = 0; g < groups; g += LANES) {
-        const size_t here = groups - g < LANES ? groups - g : LANES;
-        vf scales[4], biases[4];
+    UNROLL for (int r = 0; r < R; r++) {
+        copy_row_end(bits, &p->format, &rows[r], &ends[r]);
+        w[r] = rows[r].weights;
+    }
+    for (size_t g = 0; g < shape.groups; g += LANES, acc_groups += M * LANES) {
+        const bool is_whole = shape.groups - g >= LANES;
+        size_t left = (is_whole ? LANES : shape.groups - g) * shape.lanes;
+        vf scales[4];
         UNROLL for (int r = 0; r < R; r++) {
-            biases[r] = load_scales(scale_kind, rows[r].biases, g, here);
-            scales[r] = load_scales(scale_kind, rows[r].scales, g, here);
+            const size_t at = g * KIND_SIZE(scale_kind);
+            const vf biases = load_scales(scale_kind, is_whole ? rows[r].biases + at : ends[r].biases);
+            scales[r] = load_scales(scale_kind, is_whole ? rows[r].scales + at : ends[r].scales);
+            UNROLL for (int t = 0; t < M; t++) {
+                float *acc_t = acc_groups + t * LANES;
+                vf_store(acc_t, vf_fma(vf_set(h[t * h_stride + r]), biases, vf_load(acc_t)));
+            }
         }
-        UNROLL for (int t = 0; t < M; t++) {
-            vf sum = vf_load(acc_groups + t * group_width + g);
-            UNROLL for (int r = 0; r < R; r++) sum = vf_fma(vf_set(h[t * h_stride + r]), biases[r], sum);
-            vf_store(acc_groups + t * group_width + g, sum);
-        }
-        size_t left = here * map.lanes;
-        for (vu at = map.first; left > 0; at += map.step) {
+        for (vu at = shape.first; left > 0; at += shape.step) {
             vf factor[4][4];
             UNROLL for (int r = 0; r < R; r++) {
                 const vf scale = vf_pick(scales[r], at);
                 UNROLL for (int t = 0; t < M; t++) factor[t][r] = scale * vf_set(h[t * h_stride + r]);
             }
-            for (size_t b = 0; b < map.blocks; b++) {
-                vu q[4];
+            for (size_t b = 0; b < shape.blocks; b++) {
+                vu lanes[4];
                 UNROLL for (int r = 0; r < R; r++) {
-                    q[r] = load_some_lanes(bits, w[r], left);
+                    lanes[r] = load_lanes(bits, left < LANES ? ends[r].lanes : w[r]);
                     w[r] += BLOCK_BYTES(bits);
                 }
-                UNROLL for (int k = 0; k < V; k++) {
-                    vf v[4];
-                    UNROLL for (int r = 0; r < R; r++) v[r] = field(bits, k, q[r]);
-                    UNROLL for (int t = 0; t < M; t++) {
-                        vf sum = vf_load(acc + t * width + k * LANES);
-                        UNROLL for (int r = 0; r < R; r++) sum = vf_fma(factor[t][r], v[r], sum);
-                        vf_store(acc + t * width + k * LANES, sum);
+                for (int run = 0; run < V; run += RUN) {
+                    UNROLL for (int k = 0; k < RUN; k++) {
+                        vf v[4];
+                        UNROLL for (int r = 0; r < R; r++) v[r] = field(bits, k, lanes[r]);
+                        UNROLL for (int t = 0; t < M; t++) {
+                            float *acc_t = acc + (k * M + t) * LANES;
+                            vf sum = vf_load(acc_t);
+                            UNROLL for (int r = 0; r < R; r++) sum = vf_fma(factor[t][r], v[r], sum);
+                            vf_store(acc_t, sum);
+                        }
                     }
+                    UNROLL for (int r = 0; r < R && RUN < V; r++) lanes[r] >>= RUN * bits;
+                    acc += RUN * M * LANES;
                 }
-                acc += V * LANES;
                 left = left > LANES ? left - LANES : 0;
             }
         }
@@ -263,48 +273,42 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
 
 /* --- one function per way of storing a row and number of tokens: 4, 2, 1 ------------------------------- */
 
-/* As many rows at once as the registers hold sums for. */
-#define DENSE_ROWS(M) (REGISTERS >= 32 || M < 4 ? 4 : 2)
-#define AFFINE_ROWS(M) (REGISTERS >= 32 || M < 4 ? 2 : 1)
 #define AXPY_ROWS 4
 
-typedef void (*dots_function)(const struct operand *p, const struct row *rows, size_t count, const float *x,
-                              const float *x_groups, float *out, size_t out_stride);
+typedef void (*dots_function)(const struct operand *p, const struct row *rows, const struct row *soon, size_t count,
+                              const float *x, const float *x_groups, float *out, size_t out_stride);
 typedef void (*axpys_function)(const struct operand *p, const struct row *rows, size_t count, const float *h,
                                size_t h_stride, float *acc, float *acc_groups);
 
-#define DEFINE_DENSE(name, kind, M)                                                                              \
-    static void name##_dots_##M(const struct operand *p, const struct row *rows, size_t count, const float *x,   \
-                                const float *x_groups, float *out, size_t out_stride) {                          \
-        (void)x_groups;                                                                                          \
-        size_t r = 0;                                                                                            \
-        for (; r + DENSE_ROWS(M) <= count; r += DENSE_ROWS(M))                                                   \
-            dense_dots(kind, DENSE_ROWS(M), M, p, rows + r, x, out + r, out_stride);                             \
-        for (; r < count; r++) dense_dots(kind, 1, M, p, rows + r, x, out + r, out_stride);                      \
-    }                                                                                                            \
-    static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,  \
-                                 size_t h_stride, float *acc, float *acc_groups) {                               \
-        (void)acc_groups;                                                                                        \
-        size_t r = 0;                                                                                            \
-        for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                           \
-            dense_axpys(kind, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc);                                  \
-        for (; r < count; r++) dense_axpys(kind, 1, M, p, rows + r, h + r, h_stride, acc);                       \
+#define DEFINE_DENSE(name, kind, M)                                                                               \
+    static void name##_dots_##M(const struct operand *p, const struct row *rows, const struct row *soon,          \
+                                size_t count, const float *x, const float *x_groups, float *out,                  \
+                                size_t out_stride) {                                                              \
+        (void)x_groups;                                                                                           \
+        for (size_t r = 0; r < count; r++) dense_dot(kind, M, p, rows + r, soon + r, x, out + r, out_stride);     \
+    }                                                                                                             \
+    static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,   \
+                                 size_t h_stride, float *acc, float *acc_groups) {                                \
+        (void)acc_groups;                                                                                         \
+        size_t r = 0;                                                                                             \
+        for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                            \
+            dense_axpys(kind, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc);                                   \
+        for (; r < count; r++) dense_axpys(kind, 1, M, p, rows + r, h + r, h_stride, acc);                        \
     }
 
-#define DEFINE_AFFINE(name, bits, M)                                                                             \
-    static void name##_dots_##M(const struct operand *p, const struct row *rows, size_t count, const float *x,   \
-                                const float *x_groups, float *out, size_t out_stride) {                          \
-        size_t r = 0;                                                                                            \
-        for (; r + AFFINE_ROWS(M) <= count; r += AFFINE_ROWS(M))                                                 \
-            affine_dots(bits, AFFINE_ROWS(M), M, p, rows + r, x, x_groups, out + r, out_stride);                 \
-        for (; r < count; r++) affine_dots(bits, 1, M, p, rows + r, x, x_groups, out + r, out_stride);           \
-    }                                                                                                            \
-    static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,  \
-                                 size_t h_stride, float *acc, float *acc_groups) {                               \
-        size_t r = 0;                                                                                            \
-        for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                           \
-            affine_axpys(bits, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc, acc_groups);                     \
-        for (; r < count; r++) affine_axpys(bits, 1, M, p, rows + r, h + r, h_stride, acc, acc_groups);          \
+#define DEFINE_AFFINE(name, bits, M)                                                                              \
+    static void name##_dots_##M(const struct operand *p, const struct row *rows, const struct row *soon,          \
+                                size_t count, const float *x, const float *x_groups, float *out,                  \
+                                size_t out_stride) {                                                              \
+        for (size_t r = 0; r < count; r++)                                                                        \
+            affine_dot(bits, M, p, rows + r, soon + r, x, x_groups, out + r, out_stride);                         \
+    }                                                                                                             \
+    static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,   \
+                                 size_t h_stride, float *acc, float *acc_groups) {                                \
+        size_t r = 0;                                                                                             \
+        for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                            \
+            affine_axpys(bits, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc, acc_groups);                      \
+        for (; r < count; r++) affine_axpys(bits, 1, M, p, rows + r, h + r, h_stride, acc, acc_groups);           \
     }
 
 #define DEFINE(which, name, how) which(name, how, 4) which(name, how, 2) which(name, how, 1)
@@ -342,12 +346,25 @@ static const struct functions *functions_for(const struct format *format) {
 
 static int tokens_at_once(size_t left) { return left >= 4 ? 2 : left >= 2 ? 1 : 0; }
 
-static void dots(const struct operand *p, const struct row *rows, size_t count, float *out, size_t out_stride) {
+/* Where a token's first vector lies, and how far apart its vectors are. */
+struct place {
+    size_t first, first_group, step;
+};
+
+static struct place place_of(const struct operand *p, size_t token) {
+    size_t tile = 0, tokens;
+    while (tile + (tokens = (size_t)1 << tokens_at_once(p->m - tile)) <= token) tile += tokens;
+    const size_t within = (token - tile) * LANES;
+    return (struct place){tile * p->width + within, tile * p->group_width + within, tokens * LANES};
+}
+
+static void dots(const struct operand *p, const struct row *rows, const struct row *soon, size_t count, float *out,
+                 size_t out_stride) {
     const struct functions *f = functions_for(&p->format);
     for (size_t t = 0; t < p->m;) {
         const int power = tokens_at_once(p->m - t);
-        f->dots[power](p, rows, count, p->x + t * p->width, p->groups + t * p->group_width, out + t * out_stride,
-                       out_stride);
+        f->dots[power](p, rows, soon, count, p->x + t * p->width, p->groups + t * p->group_width,
+                       out + t * out_stride, out_stride);
         t += (size_t)1 << power;
     }
 }
@@ -376,34 +393,47 @@ static void measure(struct operand *p) {
 
 static void arrange(const struct operand *p, const float *x, float *arranged, float *groups) {
     const struct format *f = &p->format;
-    const size_t V = LANE_VALUES(f->bits), lanes = f->cols / V, group_count = f->cols / f->group;
-    float unit[32];
-    for (size_t k = 0; k < V; k++) unit[k] = field_unit(f->bits, (int)k);
+    const size_t V = f->kind == AFFINE ? LANE_VALUES(f->bits) : 1, lanes = f->cols / V;
     memset(arranged, 0, p->m * p->width * sizeof *arranged);
     memset(groups, 0, p->m * p->group_width * sizeof *groups);
-    for (size_t t = 0; t < p->m; t++, arranged += p->width, groups += p->group_width) {
-        for (size_t g = 0; g < group_count; g++) {
+    float unit[32] = {1};
+    for (size_t k = 0; k < V && f->kind == AFFINE; k++) unit[k] = field_unit(f->bits, (int)k);
+    for (size_t t = 0; t < p->m; t++) {
+        const struct place at = place_of(p, t);
+        float *to = arranged + at.first;
+        for (size_t block = 0; block < lanes; block += LANES) {
+            const size_t here = lanes - block < LANES ? lanes - block : LANES;
+            for (size_t k = 0; k < V; k++, to += at.step)
+                for (size_t lane = 0; lane < here; lane++) to[lane] = x[(block + lane) * V + k] * unit[k];
+        }
+        for (size_t g = 0; g * f->group < f->cols && f->kind == AFFINE; g++) {
             vf sum = vf_set(0);
             for (size_t c = 0; c < f->group; c += LANES) sum += vf_load(x + g * f->group + c);
-            groups[g] = vf_sum(sum);
+            groups[at.first_group + g / LANES * at.step + g % LANES] = vf_sum(sum);
         }
-        for (size_t lane = 0; lane < lanes; lane++, x += V)
-            for (size_t k = 0; k < V; k++)
-                arranged[(lane / LANES * V + k) * LANES + lane % LANES] = x[k] * unit[k];
+        x += f->cols;
     }
 }
 
 static void collect(const struct operand *p, const float *acc, const float *acc_groups, float *out) {
     const struct format *f = &p->format;
-    if (f->kind != AFFINE) {
-        for (size_t c = 0; c < f->cols; c++) out[c] += acc[c];
-        return;
+    const size_t V = f->kind == AFFINE ? LANE_VALUES(f->bits) : 1, lanes = f->cols / V;
+    float unit[32] = {1};
+    for (size_t k = 0; k < V && f->kind == AFFINE; k++) unit[k] = field_unit(f->bits, (int)k);
+    for (size_t t = 0; t < p->m; t++) {
+        const struct place at = place_of(p, t);
+        const float *from = acc + at.first;
+        for (size_t block = 0; block < lanes; block += LANES) {
+            const size_t here = lanes - block < LANES ? lanes - block : LANES;
+            for (size_t k = 0; k < V; k++, from += at.step)
+                for (size_t lane = 0; lane < here; lane++) out[(block + lane) * V + k] += from[lane] * unit[k];
+        }
+        for (size_t g = 0; g * f->group < f->cols && f->kind == AFFINE; g++) {
+            const float bias = acc_groups[at.first_group + g / LANES * at.step + g % LANES];
+            for (size_t c = 0; c < f->group; c++) out[g * f->group + c] += bias;
+        }
+        out += f->cols;
     }
-    const size_t V = LANE_VALUES(f->bits), lanes = f->cols / V, lanes_per_group = f->group / V;
-    for (size_t lane = 0; lane < lanes; lane++)
-        for (size_t k = 0; k < V; k++)
-            *out++ += acc[(lane / LANES * V + k) * LANES + lane % LANES] * field_unit(f->bits, (int)k) +
-                      acc_groups[lane / lanes_per_group];
 }
 
 static uint32_t sweep(const uint8_t *p, size_t size) {
