@@ -12,7 +12,6 @@
 
 enum {
     TOKENS = 8,               /* tokens the FFN takes through the pool at once: one row is then still in cache */
-    BATCH = 8,                /* rows handed to a kernel at once */
     MAX_PARTS = 16,           /* of a pool, each with its own accumulators */
     RECORDS_PER_PART = 32,    /* at least: clearing and adding up accumulators must not show */
     PART_BYTES = 64 << 10,    /* of a matrix: large enough to hide the hand-over, small enough to even out */

@@ -358,14 +358,52 @@ static struct place place_of(const struct operand *p, size_t token) {
     return (struct place){tile * p->width + within, tile * p->group_width + within, tokens * LANES};
 }
 
+/* A row's part from a column on. Panels begin where groups and blocks of lanes do. */
+static struct row row_from(const struct format *f, const struct row *row, size_t column) {
+    if (f->kind != AFFINE) return (struct row){.weights = row->weights + column * KIND_SIZE(f->kind)};
+    const size_t scale = column / f->group * KIND_SIZE(f->scale_kind);
+    return (struct row){row->weights + column / 8 * (size_t)f->bits, row->scales + scale, row->biases + scale};
+}
+
+/* The x of long rows would leave the first-level cache between one row and the next, so all rows first take the
+   columns whose x stays there. A multiple of any block and of LANES groups. */
+enum { PANEL_FLOATS = 8192 };
+
+static void dot_panels(const struct operand *p, const struct row *rows, const struct row *soon, size_t count,
+                       size_t tokens, dots_function function, const float *x, const float *groups, float *out,
+                       size_t out_stride) {
+    const struct format *f = &p->format;
+    const size_t panel = PANEL_FLOATS / tokens;
+    for (size_t t = 0; t < tokens; t++) memset(out + t * out_stride, 0, count * sizeof *out);
+    for (size_t column = 0; column < f->cols; column += panel) {
+        struct operand part = *p;
+        struct row here[BATCH], next[BATCH];
+        float sums[4][BATCH];
+        part.format.cols = f->cols - column < panel ? f->cols - column : panel;
+        for (size_t r = 0; r < count; r++) {
+            here[r] = row_from(f, &rows[r], column);
+            next[r] = row_from(f, &soon[r], column);
+        }
+        function(&part, here, next, count, x + column * tokens,
+                 f->kind == AFFINE ? groups + column / f->group * tokens : groups, sums[0], BATCH);
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t r = 0; r < count; r++) out[t * out_stride + r] += sums[t][r];
+    }
+}
+
 static void dots(const struct operand *p, const struct row *rows, const struct row *soon, size_t count, float *out,
                  size_t out_stride) {
     const struct functions *f = functions_for(&p->format);
     for (size_t t = 0; t < p->m;) {
         const int power = tokens_at_once(p->m - t);
-        f->dots[power](p, rows, soon, count, p->x + t * p->width, p->groups + t * p->group_width,
-                       out + t * out_stride, out_stride);
-        t += (size_t)1 << power;
+        const size_t tokens = (size_t)1 << power;
+        const float *x = p->x + t * p->width, *groups = p->groups + t * p->group_width;
+        float *to = out + t * out_stride;
+        if (p->format.cols * tokens <= PANEL_FLOATS)
+            f->dots[power](p, rows, soon, count, x, groups, to, out_stride);
+        else
+            dot_panels(p, rows, soon, count, tokens, f->dots[power], x, groups, to, out_stride);
+        t += tokens;
     }
 }
 

@@ -4,7 +4,10 @@
 
 #include "compute.h"
 
-enum { CACHE_LINE = 64 };
+enum {
+    BATCH = 8, /* the most rows handed to a kernel at once */
+    CACHE_LINE = 64,
+};
 
 #define INLINE static inline __attribute__((always_inline))
 
