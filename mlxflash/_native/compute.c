@@ -15,6 +15,7 @@ enum {
     MAX_PARTS = 16,           /* of a pool, each with its own accumulators */
     RECORDS_PER_PART = 32,    /* at least: clearing and adding up accumulators must not show */
     PART_BYTES = 64 << 10,    /* of a matrix: large enough to hide the hand-over, small enough to even out */
+    FETCH_BYTES = 2 << 10,    /* of a row that is needed soon, but not in a sequence */
     BYTES_AHEAD = 4 << 10,    /* how far before a row's turn it is called into the cache, or one row */
 };
 
@@ -195,8 +196,9 @@ static struct row row_at(const struct ffn *call, struct part part, size_t record
 
 static size_t live_record(const struct ffn_job *job, size_t i) { return job->live == NULL ? i : job->live[i]; }
 
+/* Calls the beginning of a row into the cache: from there the processor follows by itself. */
 static void fetch(const struct format *format, const struct row *row) {
-    const size_t size = row_size(format);
+    const size_t size = least(row_size(format), FETCH_BYTES);
     for (size_t i = 0; i < size; i += CACHE_LINE) __builtin_prefetch(row->weights + i);
 }
 
