@@ -150,7 +150,8 @@ bool compute_matmul(const struct matmul *call) {
     if (ready) {
         job.rows_per_part = divide_up(divide_up(PART_BYTES, row_size(&call->format) + 1), BATCH) * BATCH;
         job.ahead = rows_ahead(&call->format);
-        threads_run(matmul_part, &job, divide_up(call->rows, job.rows_per_part));
+        threads_run(matmul_part, &job, divide_up(call->rows, job.rows_per_part),
+                    call->rows * call->row_stride * call->m);
     }
     threads_unlock();
     return ready;
@@ -296,7 +297,7 @@ bool compute_ffn(const struct ffn *call) {
         ready = ready && reserve(&accumulators, parts * sum_size(&job));
         if (!ready) break;
         job.sums = accumulators.data;
-        threads_run(ffn_part, &job, parts);
+        threads_run(ffn_part, &job, parts, live_count * call->record_stride * job.x.m);
         for (size_t part = 0; part < parts; part++) {
             const float *sums = job.sums + part * sum_size(&job);
             if (job.used[part]) simd->collect(&job.x, sums, sums + job.x.m * job.x.width, call->out + t * d);
@@ -330,7 +331,7 @@ void compute_copy(uint8_t *target, size_t target_stride, const int64_t *target_r
     struct copy_job job = {target,      source,      target_stride, source_stride, count, size,
                            divide_up(PART_BYTES, size), target_rows, source_rows};
     threads_lock();
-    threads_run(copy_part, &job, divide_up(count, job.rows_per_part));
+    threads_run(copy_part, &job, divide_up(count, job.rows_per_part), 2 * count * size);
     threads_unlock();
 }
 
@@ -352,7 +353,7 @@ double compute_read_bandwidth(const uint8_t *bytes, size_t size) {
     struct sweep_job job = {.bytes = bytes, .size = size, .part_size = 1 << 20};
     struct timespec begin, end;
     clock_gettime(CLOCK_MONOTONIC, &begin);
-    threads_run(sweep_part, &job, divide_up(size, job.part_size));
+    threads_run(sweep_part, &job, divide_up(size, job.part_size), size);
     clock_gettime(CLOCK_MONOTONIC, &end);
     threads_unlock();
     const double seconds = (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
