@@ -106,9 +106,7 @@ def test_affine(isa, rng, bits):
             (words, scales, biases), meant = quantised(rows, cols, group, bits, scale_dtype)
             kwargs = {"scales": scales, "biases": biases, "scale_dtype": scale_dtype}
             for m in (0, 1, 2, 3, 4, 9):
-                check_matmul(
-                    rng, words, meant, m, "affine", words.shape[1], group=group, bits=bits, **kwargs
-                )
+                check_matmul(rng, words, meant, m, "affine", words.shape[1], group=group, bits=bits, **kwargs)
 
 
 def test_rows_apart_and_unaligned(isa, rng):
@@ -141,9 +139,7 @@ def test_reads_nothing_beyond_the_last_row(isa, rng):
                 end[:] = ends[guarded].ravel()
                 words, scales, biases = (*ends[:guarded], end, *ends[guarded + 1 :])
                 kwargs = {"group": 32, "bits": bits, "scales": scales, "biases": biases}
-                check_matmul(
-                    rng, words, meant, 1, "affine", parts[0].shape[1], scale_dtype="f16", **kwargs
-                )
+                check_matmul(rng, words, meant, 1, "affine", parts[0].shape[1], scale_dtype="f16", **kwargs)
 
 
 def test_every_half(isa):

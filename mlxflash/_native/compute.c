@@ -11,15 +11,15 @@
 #include "threads.h"
 
 enum {
-    TOKENS = 8,               /* tokens the FFN takes through the pool at once: one row is then still in cache */
-    MAX_PARTS = 16,           /* of a pool, each with its own accumulators */
-    RECORDS_PER_PART = 32,    /* at least: clearing and adding up accumulators must not show */
-    PART_BYTES = 64 << 10,    /* of a matrix: large enough to hide the hand-over, small enough to even out */
-    FETCH_BYTES = 2 << 10,    /* of a row that is needed soon, but not in a sequence */
-    BYTES_AHEAD = 4 << 10,    /* how far before a row's turn it is called into the cache, or one row */
+    TOKENS = 8,            /* that the FFN takes through the pool at once: a row is then still in the cache */
+    MAX_PARTS = 16,        /* of a pool, each with its own accumulators */
+    RECORDS_PER_PART = 32, /* at least: clearing and adding up accumulators must not show */
+    PART_BYTES = 64 << 10, /* of a matrix: large enough to hide the hand-over, small enough to even out */
+    FETCH_BYTES = 2 << 10, /* of a row that is needed soon, but not in a sequence */
+    BYTES_AHEAD = 4 << 10, /* how far before a row's turn it is called into the cache, or one row */
 };
 
-static const struct simd *simd; /* NULL until first asked for */
+static const struct simd *_Atomic simd; /* NULL until first asked for */
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -163,8 +163,8 @@ bool compute_matmul(const struct matmul *call) {
    depends neither on how many threads there are nor on which of them was quick. */
 struct ffn_job {
     const struct ffn *call;
-    struct operand x;      /* the accumulators have its shape */
-    const uint32_t *live;  /* the records to do, or NULL for all of them */
+    struct operand x;     /* the accumulators have its shape */
+    const uint32_t *live; /* the records to do, or NULL for all of them */
     size_t live_count, parts, first_token, ahead;
     float *sums; /* [parts][m * (width + group_width)] */
     bool used[MAX_PARTS];
@@ -271,6 +271,18 @@ static void ffn_part(void *context, size_t part) {
     add_pending(job, part, &pending);
 }
 
+static void add_up(const struct ffn_job *job, float *out) {
+    const size_t size = sum_size(job);
+    float *total = NULL;
+    for (size_t part = 0; part < job->parts; part++) {
+        float *sums = job->sums + part * size;
+        if (!job->used[part]) continue;
+        for (size_t i = 0; total != NULL && i < size; i++) total[i] += sums[i];
+        if (total == NULL) total = sums;
+    }
+    if (total != NULL) simd->collect(&job->x, total, total + job->x.m * job->x.width, out);
+}
+
 bool compute_ffn(const struct ffn *call) {
     if (call->active != NULL) memset(call->active, 0, call->m * call->n);
     if (call->m == 0 || call->n == 0) return true;
@@ -298,10 +310,7 @@ bool compute_ffn(const struct ffn *call) {
         if (!ready) break;
         job.sums = accumulators.data;
         threads_run(ffn_part, &job, parts, live_count * call->record_stride * job.x.m);
-        for (size_t part = 0; part < parts; part++) {
-            const float *sums = job.sums + part * sum_size(&job);
-            if (job.used[part]) simd->collect(&job.x, sums, sums + job.x.m * job.x.width, call->out + t * d);
-        }
+        add_up(&job, call->out + t * d);
     }
     threads_unlock();
     free(live);

@@ -10,7 +10,6 @@
 #endif
 
 #define LANES 8
-#define REGISTERS 16
 typedef __m256 vf;
 typedef uint32_t vu __attribute__((vector_size(32)));
 

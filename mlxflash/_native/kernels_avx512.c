@@ -11,7 +11,6 @@
 #endif
 
 #define LANES 16
-#define REGISTERS 32
 typedef __m512 vf;
 typedef uint32_t vu __attribute__((vector_size(64)));
 

@@ -1,6 +1,6 @@
 /* The kernels, written once over a vector type. An including file defines, for its instruction set:
 
-     LANES, REGISTERS             floats in a vector; vector registers
+     LANES                        floats in a vector
      vf, vu                       vectors of LANES float and uint32_t (arithmetic operators work on both)
      vf_load vf_store vf_set vf_fma vf_sum       the usual; vf_fma(a, b, c) = a * b + c
      vf_from_f16 vf_from_bf16     LANES halves at an address, as floats
@@ -37,7 +37,7 @@ INLINE vu vu_set(uint32_t value) { return (vu){0} + value; }
 
 /* --- loading ------------------------------------------------------------------------------------------ */
 
-INLINE vf load_values(const int kind, const uint8_t *p) {
+INLINE vf load_values(int kind, const uint8_t *p) {
     if (kind == F32) return vf_load((const float *)(const void *)p);
     return kind == F16 ? vf_from_f16(p) : vf_from_bf16(p);
 }
@@ -101,10 +101,6 @@ INLINE void copy_row_end(const int bits, const struct format *f, const struct ro
     if (bytes != 0) memcpy(end->lanes, row->weights + row_bytes - bytes, bytes);
 }
 
-static inline vf load_scales(enum kind kind, const uint8_t *p) {
-    return kind == F16 ? vf_from_f16(p) : load_values(kind, p);
-}
-
 /* --- dots: one row times a tile of tokens ---------------------------------------------------------------- */
 
 /* One row at a time, since memory likes one stream best, and meanwhile a later one is called into the cache:
@@ -155,8 +151,8 @@ INLINE void affine_dot(const int bits, const int M, const struct operand *p, con
     for (size_t g = 0; g < shape.groups; g += LANES, x_groups += M * LANES) {
         const bool is_whole = shape.groups - g >= LANES;
         const size_t offset = g * KIND_SIZE(scale_kind);
-        const vf scales = load_scales(scale_kind, is_whole ? row->scales + offset : end.scales);
-        const vf biases = load_scales(scale_kind, is_whole ? row->biases + offset : end.biases);
+        const vf scales = load_values(scale_kind, is_whole ? row->scales + offset : end.scales);
+        const vf biases = load_values(scale_kind, is_whole ? row->biases + offset : end.biases);
         prefetch(soon->scales + offset, 1);
         prefetch(soon->biases + offset, 1);
         UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(biases, vf_load(x_groups + t * LANES), sum[t]);
@@ -232,8 +228,8 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
         vf scales[4];
         UNROLL for (int r = 0; r < R; r++) {
             const size_t at = g * KIND_SIZE(scale_kind);
-            const vf biases = load_scales(scale_kind, is_whole ? rows[r].biases + at : ends[r].biases);
-            scales[r] = load_scales(scale_kind, is_whole ? rows[r].scales + at : ends[r].scales);
+            const vf biases = load_values(scale_kind, is_whole ? rows[r].biases + at : ends[r].biases);
+            scales[r] = load_values(scale_kind, is_whole ? rows[r].scales + at : ends[r].scales);
             UNROLL for (int t = 0; t < M; t++) {
                 float *acc_t = acc_groups + t * LANES;
                 vf_store(acc_t, vf_fma(vf_set(h[t * h_stride + r]), biases, vf_load(acc_t)));
@@ -280,48 +276,46 @@ typedef void (*dots_function)(const struct operand *p, const struct row *rows, c
 typedef void (*axpys_function)(const struct operand *p, const struct row *rows, size_t count, const float *h,
                                size_t h_stride, float *acc, float *acc_groups);
 
-#define DEFINE_DENSE(name, kind, M)                                                                               \
-    static void name##_dots_##M(const struct operand *p, const struct row *rows, const struct row *soon,          \
-                                size_t count, const float *x, const float *x_groups, float *out,                  \
-                                size_t out_stride) {                                                              \
-        (void)x_groups;                                                                                           \
-        for (size_t r = 0; r < count; r++) dense_dot(kind, M, p, rows + r, soon + r, x, out + r, out_stride);     \
-    }                                                                                                             \
-    static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,   \
-                                 size_t h_stride, float *acc, float *acc_groups) {                                \
-        (void)acc_groups;                                                                                         \
-        size_t r = 0;                                                                                             \
-        for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                            \
-            dense_axpys(kind, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc);                                   \
-        for (; r < count; r++) dense_axpys(kind, 1, M, p, rows + r, h + r, h_stride, acc);                        \
-    }
+INLINE void all_dots(const int kind, const int bits, const int M, const struct operand *p, const struct row *rows,
+                     const struct row *soon, size_t count, const float *x, const float *x_groups, float *out,
+                     size_t out_stride) {
+    for (size_t r = 0; r < count; r++)
+        if (kind == AFFINE) affine_dot(bits, M, p, rows + r, soon + r, x, x_groups, out + r, out_stride);
+        else dense_dot(kind, M, p, rows + r, soon + r, x, out + r, out_stride);
+}
 
-#define DEFINE_AFFINE(name, bits, M)                                                                              \
+INLINE void some_axpys(const int kind, const int bits, const int R, const int M, const struct operand *p,
+                       const struct row *rows, const float *h, size_t h_stride, float *acc, float *acc_groups) {
+    if (kind == AFFINE) affine_axpys(bits, R, M, p, rows, h, h_stride, acc, acc_groups);
+    else dense_axpys(kind, R, M, p, rows, h, h_stride, acc);
+}
+
+#define DEFINE_TILE(name, kind, bits, M)                                                                          \
     static void name##_dots_##M(const struct operand *p, const struct row *rows, const struct row *soon,          \
                                 size_t count, const float *x, const float *x_groups, float *out,                  \
                                 size_t out_stride) {                                                              \
-        for (size_t r = 0; r < count; r++)                                                                        \
-            affine_dot(bits, M, p, rows + r, soon + r, x, x_groups, out + r, out_stride);                         \
+        all_dots(kind, bits, M, p, rows, soon, count, x, x_groups, out, out_stride);                              \
     }                                                                                                             \
     static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,   \
                                  size_t h_stride, float *acc, float *acc_groups) {                                \
         size_t r = 0;                                                                                             \
         for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                            \
-            affine_axpys(bits, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc, acc_groups);                      \
-        for (; r < count; r++) affine_axpys(bits, 1, M, p, rows + r, h + r, h_stride, acc, acc_groups);           \
+            some_axpys(kind, bits, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc, acc_groups);                  \
+        for (; r < count; r++) some_axpys(kind, bits, 1, M, p, rows + r, h + r, h_stride, acc, acc_groups);       \
     }
+#define DEFINE(name, kind, bits) \
+    DEFINE_TILE(name, kind, bits, 4) DEFINE_TILE(name, kind, bits, 2) DEFINE_TILE(name, kind, bits, 1)
 
-#define DEFINE(which, name, how) which(name, how, 4) which(name, how, 2) which(name, how, 1)
-DEFINE(DEFINE_DENSE, f32, F32)
-DEFINE(DEFINE_DENSE, f16, F16)
-DEFINE(DEFINE_DENSE, bf16, BF16)
-DEFINE(DEFINE_AFFINE, affine1, 1)
-DEFINE(DEFINE_AFFINE, affine2, 2)
-DEFINE(DEFINE_AFFINE, affine3, 3)
-DEFINE(DEFINE_AFFINE, affine4, 4)
-DEFINE(DEFINE_AFFINE, affine5, 5)
-DEFINE(DEFINE_AFFINE, affine6, 6)
-DEFINE(DEFINE_AFFINE, affine8, 8)
+DEFINE(f32, F32, 8)
+DEFINE(f16, F16, 8)
+DEFINE(bf16, BF16, 8)
+DEFINE(affine1, AFFINE, 1)
+DEFINE(affine2, AFFINE, 2)
+DEFINE(affine3, AFFINE, 3)
+DEFINE(affine4, AFFINE, 4)
+DEFINE(affine5, AFFINE, 5)
+DEFINE(affine6, AFFINE, 6)
+DEFINE(affine8, AFFINE, 8)
 
 /* Indexed by the largest power of two (0, 1, 2) of tokens done at once. */
 #define FUNCTIONS(name)                                            \

@@ -4,7 +4,6 @@
 #include "simd.h"
 
 #define LANES 4
-#define REGISTERS 32
 typedef float32x4_t vf;
 typedef uint32x4_t vu;
 

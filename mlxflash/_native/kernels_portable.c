@@ -4,7 +4,6 @@
 #include "simd.h"
 
 #define LANES 4
-#define REGISTERS 16
 typedef float vf __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
