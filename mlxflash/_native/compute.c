@@ -16,7 +16,6 @@ enum {
     RECORDS_PER_PART = 32, /* at least: clearing and adding up accumulators must not show */
     PART_BYTES = 64 << 10, /* of a matrix: large enough to hide the hand-over, small enough to even out */
     FETCH_BYTES = 2 << 10, /* of a row that is needed soon, but not in a sequence */
-    BYTES_AHEAD = 4 << 10, /* how far before a row's turn it is called into the cache, or one row */
 };
 
 static const struct simd *_Atomic simd; /* NULL until first asked for */

@@ -8,7 +8,7 @@
      vu_load, vu_load3, vu_load5  LANES little-endian values of 32, 24 and 20 bits at an address; of what lies
                                   above a value's bits in its lane nothing is said. Reads no byte beyond.
      vf_from_field                the float of a value below 2^31
-     vu_lane_groups(shift)        lane >> shift for every lane
+     vu_lanes                     0, 1, 2 ...
 
    A q is never shifted down to be used. A 32-bit lane holds V consecutive q's, taken in runs of at most 8;
    masking the k-th of a run in place and converting gives q * 2^(bits * k), and x carries 2^-(bits * k), so a q
@@ -72,25 +72,20 @@ struct row_end {
     uint8_t lanes[LANES * 4], scales[LANES * 4], biases[LANES * 4];
 };
 
-/* `lanes` to a group; the groups of a block's lanes start at `first` and move on by `step` every `blocks`
-   blocks. */
+/* Where the rows' scales belong: lane l, counted from a vector of scales on, to scale l >> shift. */
 struct affine_shape {
-    size_t groups, lanes, blocks;
-    vu first, step;
+    size_t groups, lanes; /* in a row; in a group */
+    int shift;
 };
 
 INLINE struct affine_shape affine_shape(const int bits, const struct format *f) {
     const size_t lanes = f->group / LANE_VALUES(bits);
-    return (struct affine_shape){
-        f->cols / f->group,
-        lanes,
-        lanes > LANES ? lanes / LANES : 1,
-        vu_lane_groups(__builtin_ctz((unsigned)lanes)),
-        vu_set(lanes > LANES ? 1 : (uint32_t)(LANES / lanes)),
-    };
+    return (struct affine_shape){f->cols / f->group, lanes, __builtin_ctz((unsigned)lanes)};
 }
 
-INLINE void copy_row_end(const int bits, const struct format *f, const struct row *row, struct row_end *end) {
+/* Returns where the row's incomplete vector of lanes begins, or NULL. */
+INLINE const uint8_t *copy_row_end(const int bits, const struct format *f, const struct row *row,
+                                   struct row_end *end) {
     const size_t groups = f->cols / f->group, scale = KIND_SIZE(f->scale_kind), left = groups % LANES;
     const size_t row_bytes = f->cols / 8 * (size_t)bits, bytes = row_bytes % BLOCK_BYTES(bits);
     if (left != 0) {
@@ -98,15 +93,34 @@ INLINE void copy_row_end(const int bits, const struct format *f, const struct ro
         memcpy(end->scales, row->scales + (groups - left) * scale, left * scale);
         memcpy(end->biases, row->biases + (groups - left) * scale, left * scale);
     }
-    if (bytes != 0) memcpy(end->lanes, row->weights + row_bytes - bytes, bytes);
+    if (bytes == 0) return NULL;
+    memcpy(end->lanes, row->weights + row_bytes - bytes, bytes);
+    return row->weights + row_bytes - bytes;
 }
 
 /* --- dots: one row times a tile of tokens ---------------------------------------------------------------- */
 
-/* One row at a time, since memory likes one stream best, and meanwhile a later one is called into the cache:
-   the processor's own guess ends with the row, or the page. */
-INLINE void prefetch(const uint8_t *p, size_t size) {
-    for (size_t i = 0; i < size; i += CACHE_LINE) __builtin_prefetch(p + i);
+/* One row at a time, since memory likes one stream best. What comes BYTES_AHEAD later is called into the cache
+   meanwhile: the rest of the row and then another one's beginning, where the processor's own guess would end. */
+struct ahead {
+    const uint8_t *at, *then;
+    size_t left; /* bytes until `then` */
+};
+
+INLINE struct ahead look_ahead(const struct row *row, const struct row *soon, size_t row_bytes) {
+    if (row_bytes <= BYTES_AHEAD) return (struct ahead){soon->weights, soon->weights, SIZE_MAX};
+    return (struct ahead){row->weights + BYTES_AHEAD, soon->weights, row_bytes - BYTES_AHEAD};
+}
+
+INLINE void call_ahead(struct ahead *ahead, size_t size) {
+    for (size_t i = 0; i < size; i += CACHE_LINE) __builtin_prefetch(ahead->at + i);
+    ahead->at += size;
+    if (ahead->left > size) {
+        ahead->left -= size;
+    } else {
+        ahead->at = ahead->then;
+        ahead->left = SIZE_MAX;
+    }
 }
 
 INLINE void dense_dot(const int kind, const int M, const struct operand *p, const struct row *row,
@@ -114,13 +128,14 @@ INLINE void dense_dot(const int kind, const int M, const struct operand *p, cons
     enum { MOST = 8 }; /* sums in flight, to hide an FMA's latency */
     const int U = MOST / M;
     const size_t cols = p->format.cols;
-    const uint8_t *w = row->weights, *next = soon->weights;
+    const uint8_t *w = row->weights;
+    struct ahead ahead = look_ahead(row, soon, cols * KIND_SIZE(kind));
     vf sum[MOST][4];
     UNROLL for (int u = 0; u < U; u++)
         UNROLL for (int t = 0; t < M; t++) sum[u][t] = vf_set(0);
     size_t c = 0;
     for (; c + U * LANES <= cols; c += U * LANES, x += U * M * LANES) {
-        prefetch(next + c * KIND_SIZE(kind), U * LANES * KIND_SIZE(kind));
+        call_ahead(&ahead, U * LANES * KIND_SIZE(kind));
         UNROLL for (int u = 0; u < U; u++) {
             const vf v = load_values(kind, w + (c + u * LANES) * KIND_SIZE(kind));
             UNROLL for (int t = 0; t < M; t++) sum[u][t] = vf_fma(v, vf_load(x + (u * M + t) * LANES), sum[u][t]);
@@ -145,39 +160,35 @@ INLINE void affine_dot(const int bits, const int M, const struct operand *p, con
     const enum kind scale_kind = p->format.scale_kind;
     const uint8_t *w = row->weights, *next = soon->weights;
     struct row_end end;
+    const uint8_t *const incomplete = copy_row_end(bits, &p->format, row, &end);
     vf sum[4];
-    copy_row_end(bits, &p->format, row, &end);
     UNROLL for (int t = 0; t < M; t++) sum[t] = vf_set(0);
     for (size_t g = 0; g < shape.groups; g += LANES, x_groups += M * LANES) {
         const bool is_whole = shape.groups - g >= LANES;
         const size_t offset = g * KIND_SIZE(scale_kind);
         const vf scales = load_values(scale_kind, is_whole ? row->scales + offset : end.scales);
         const vf biases = load_values(scale_kind, is_whole ? row->biases + offset : end.biases);
-        prefetch(soon->scales + offset, 1);
-        prefetch(soon->biases + offset, 1);
+        __builtin_prefetch(soon->scales + offset);
+        __builtin_prefetch(soon->biases + offset);
         UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(biases, vf_load(x_groups + t * LANES), sum[t]);
-        size_t left = (is_whole ? LANES : shape.groups - g) * shape.lanes;
-        for (vu at = shape.first; left > 0; at += shape.step) {
-            const vf scale = vf_pick(scales, at);
-            for (size_t b = 0; b < shape.blocks; b++) {
-                vu lanes = load_lanes(bits, left < LANES ? end.lanes : w);
-                vf part[4];
-                prefetch(next, 1);
-                w += BLOCK_BYTES(bits);
-                next += BLOCK_BYTES(bits);
-                UNROLL for (int t = 0; t < M; t++) part[t] = vf_set(0);
-                for (int run = 0; run < V; run += RUN) {
-                    UNROLL for (int k = 0; k < RUN; k++) {
-                        const vf v = field(bits, k, lanes);
-                        UNROLL for (int t = 0; t < M; t++)
-                            part[t] = vf_fma(v, vf_load(x + (k * M + t) * LANES), part[t]);
-                    }
-                    if (RUN < V) lanes >>= RUN * bits;
-                    x += RUN * M * LANES;
+        vu lane = vu_lanes();
+        const size_t lane_count = (is_whole ? LANES : shape.groups - g) * shape.lanes;
+        for (size_t done = 0; done < lane_count; done += LANES, lane += LANES) {
+            vu lanes = load_lanes(bits, w == incomplete ? end.lanes : w);
+            vf part[4];
+            __builtin_prefetch(next);
+            w += BLOCK_BYTES(bits);
+            next += BLOCK_BYTES(bits);
+            UNROLL for (int t = 0; t < M; t++) part[t] = vf_set(0);
+            for (int run = 0; run < V; run += RUN, x += RUN * M * LANES) {
+                UNROLL for (int k = 0; k < RUN; k++) {
+                    const vf v = field(bits, k, lanes);
+                    UNROLL for (int t = 0; t < M; t++) part[t] = vf_fma(v, vf_load(x + (k * M + t) * LANES), part[t]);
                 }
-                UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(scale, part[t], sum[t]);
-                left = left > LANES ? left - LANES : 0;
+                if (RUN < V) lanes >>= RUN * bits;
             }
+            const vf scale = vf_pick(scales, lane >> shape.shift);
+            UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(scale, part[t], sum[t]);
         }
     }
     UNROLL for (int t = 0; t < M; t++) out[t * out_stride] = vf_sum(sum[t]);
@@ -217,14 +228,13 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
     const struct affine_shape shape = affine_shape(bits, &p->format);
     const enum kind scale_kind = p->format.scale_kind;
     struct row_end ends[4];
-    const uint8_t *w[4];
+    const uint8_t *w[4], *incomplete[4];
     UNROLL for (int r = 0; r < R; r++) {
-        copy_row_end(bits, &p->format, &rows[r], &ends[r]);
+        incomplete[r] = copy_row_end(bits, &p->format, &rows[r], &ends[r]);
         w[r] = rows[r].weights;
     }
     for (size_t g = 0; g < shape.groups; g += LANES, acc_groups += M * LANES) {
         const bool is_whole = shape.groups - g >= LANES;
-        size_t left = (is_whole ? LANES : shape.groups - g) * shape.lanes;
         vf scales[4];
         UNROLL for (int r = 0; r < R; r++) {
             const size_t at = g * KIND_SIZE(scale_kind);
@@ -235,33 +245,29 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
                 vf_store(acc_t, vf_fma(vf_set(h[t * h_stride + r]), biases, vf_load(acc_t)));
             }
         }
-        for (vu at = shape.first; left > 0; at += shape.step) {
+        vu lane = vu_lanes();
+        const size_t lane_count = (is_whole ? LANES : shape.groups - g) * shape.lanes;
+        for (size_t done = 0; done < lane_count; done += LANES, lane += LANES) {
+            vu lanes[4];
             vf factor[4][4];
             UNROLL for (int r = 0; r < R; r++) {
-                const vf scale = vf_pick(scales[r], at);
+                const vf scale = vf_pick(scales[r], lane >> shape.shift);
                 UNROLL for (int t = 0; t < M; t++) factor[t][r] = scale * vf_set(h[t * h_stride + r]);
+                lanes[r] = load_lanes(bits, w[r] == incomplete[r] ? ends[r].lanes : w[r]);
+                w[r] += BLOCK_BYTES(bits);
             }
-            for (size_t b = 0; b < shape.blocks; b++) {
-                vu lanes[4];
-                UNROLL for (int r = 0; r < R; r++) {
-                    lanes[r] = load_lanes(bits, left < LANES ? ends[r].lanes : w[r]);
-                    w[r] += BLOCK_BYTES(bits);
-                }
-                for (int run = 0; run < V; run += RUN) {
-                    UNROLL for (int k = 0; k < RUN; k++) {
-                        vf v[4];
-                        UNROLL for (int r = 0; r < R; r++) v[r] = field(bits, k, lanes[r]);
-                        UNROLL for (int t = 0; t < M; t++) {
-                            float *acc_t = acc + (k * M + t) * LANES;
-                            vf sum = vf_load(acc_t);
-                            UNROLL for (int r = 0; r < R; r++) sum = vf_fma(factor[t][r], v[r], sum);
-                            vf_store(acc_t, sum);
-                        }
+            for (int run = 0; run < V; run += RUN, acc += RUN * M * LANES) {
+                UNROLL for (int k = 0; k < RUN; k++) {
+                    vf v[4];
+                    UNROLL for (int r = 0; r < R; r++) v[r] = field(bits, k, lanes[r]);
+                    UNROLL for (int t = 0; t < M; t++) {
+                        float *acc_t = acc + (k * M + t) * LANES;
+                        vf sum = vf_load(acc_t);
+                        UNROLL for (int r = 0; r < R; r++) sum = vf_fma(factor[t][r], v[r], sum);
+                        vf_store(acc_t, sum);
                     }
-                    UNROLL for (int r = 0; r < R && RUN < V; r++) lanes[r] >>= RUN * bits;
-                    acc += RUN * M * LANES;
                 }
-                left = left > LANES ? left - LANES : 0;
+                UNROLL for (int r = 0; r < R && RUN < V; r++) lanes[r] >>= RUN * bits;
             }
         }
     }

@@ -34,7 +34,7 @@ INLINE vf vf_pick(vf v, vu i) { return (vf){v[i[0] & 3], v[i[1] & 3], v[i[2] & 3
 
 INLINE uint32_t three_bytes(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16; }
 
-INLINE vu vu_lane_groups(int shift) { return (vu){0, 1, 2, 3} >> (uint32_t)shift; }
+INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3}; }
 INLINE vu vu_load(const uint8_t *p) {
     vu v;
     memcpy(&v, p, sizeof v);
