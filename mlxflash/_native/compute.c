@@ -11,15 +11,14 @@
 #include "threads.h"
 
 enum {
-    TOKENS = 8,               /* tokens the FFN takes through the pool at once: one row is then still in cache */
-    BATCH = 8,                /* rows handed to a kernel at once */
-    MAX_PARTS = 16,           /* of a pool, each with its own accumulators */
-    RECORDS_PER_PART = 32,    /* at least: clearing and adding up accumulators must not show */
-    PART_BYTES = 64 << 10,    /* of a matrix: large enough to hide the hand-over, small enough to even out */
-    CACHE_LINE = 64,
+    TOKENS = 8,            /* that the FFN takes through the pool at once: a row is then still in the cache */
+    MAX_PARTS = 16,        /* of a pool, each with its own accumulators */
+    RECORDS_PER_PART = 32, /* at least: clearing and adding up accumulators must not show */
+    PART_BYTES = 64 << 10, /* of a matrix: large enough to hide the hand-over, small enough to even out */
+    FETCH_BYTES = 2 << 10, /* of a row that is needed soon, but not in a sequence */
 };
 
-static const struct simd *simd; /* NULL until first asked for */
+static const struct simd *_Atomic simd; /* NULL until first asked for */
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 static size_t divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -92,32 +91,36 @@ static bool reserve(struct buffer *buffer, size_t floats) {
     return buffer->data != NULL;
 }
 
-/* The operand for m tokens of x: the caller's own floats, or their arrangement in `arranged`. */
-static bool prepare(const struct format *format, const float *x, size_t m, struct buffer *arranged,
+/* The operand for m tokens of x, laid out in `buffer`. */
+static bool prepare(const struct format *format, const float *x, size_t m, struct buffer *buffer,
                     struct operand *operand) {
-    *operand = (struct operand){.format = *format, .m = m, .x = x, .groups = x};
-    if (format->kind != AFFINE) {
-        operand->width = format->cols;
-        return true;
-    }
+    *operand = (struct operand){.format = *format, .m = m};
     simd->measure(operand);
-    if (!reserve(arranged, m * (operand->width + operand->group_width))) return false;
-    float *groups = arranged->data + m * operand->width;
-    simd->arrange(operand, x, arranged->data, groups);
-    operand->x = arranged->data;
+    if (!reserve(buffer, m * (operand->width + operand->group_width))) return false;
+    float *groups = buffer->data + m * operand->width;
+    simd->arrange(operand, x, buffer->data, groups);
+    operand->x = buffer->data;
     operand->groups = groups;
     return true;
 }
 
 static struct buffer arranged, accumulators;
 
+static size_t rows_ahead(const struct format *format) { return divide_up(BYTES_AHEAD, row_size(format) + 1); }
+
 /* --- matmul -------------------------------------------------------------------------------------------- */
 
 struct matmul_job {
     const struct matmul *call;
     struct operand x;
-    size_t rows_per_part;
+    size_t rows_per_part, ahead;
 };
+
+static struct row matrix_row(const struct matmul *call, size_t r) {
+    const struct row *first = &call->first;
+    return (struct row){first->weights + r * call->row_stride, first->scales + r * call->scale_stride,
+                        first->biases + r * call->scale_stride};
+}
 
 static void matmul_part(void *context, size_t part) {
     const struct matmul_job *job = context;
@@ -125,15 +128,12 @@ static void matmul_part(void *context, size_t part) {
     const size_t begin = part * job->rows_per_part, end = least(begin + job->rows_per_part, call->rows);
     for (size_t first = begin; first < end; first += BATCH) {
         const size_t count = least(BATCH, end - first);
-        struct row rows[BATCH];
+        struct row rows[BATCH], soon[BATCH];
         for (size_t i = 0; i < count; i++) {
-            const size_t r = first + i;
-            rows[i].weights = call->first.weights + r * call->row_stride;
-            if (call->format.kind != AFFINE) continue;
-            rows[i].scales = call->first.scales + r * call->scale_stride;
-            rows[i].biases = call->first.biases + r * call->scale_stride;
+            rows[i] = matrix_row(call, first + i);
+            soon[i] = matrix_row(call, least(first + i + job->ahead, call->rows - 1));
         }
-        simd->dots(&job->x, rows, count, call->out + first, call->rows);
+        simd->dots(&job->x, rows, soon, count, call->out + first, call->rows);
     }
     if (call->bias == NULL) return;
     for (size_t t = 0; t < call->m; t++)
@@ -147,9 +147,10 @@ bool compute_matmul(const struct matmul *call) {
     struct matmul_job job = {.call = call};
     const bool ready = prepare(&call->format, call->x, call->m, &arranged, &job.x);
     if (ready) {
-        const size_t rows = divide_up(PART_BYTES, row_size(&call->format) + 1);
-        job.rows_per_part = divide_up(rows, BATCH) * BATCH;
-        threads_run(matmul_part, &job, divide_up(call->rows, job.rows_per_part));
+        job.rows_per_part = divide_up(divide_up(PART_BYTES, row_size(&call->format) + 1), BATCH) * BATCH;
+        job.ahead = rows_ahead(&call->format);
+        threads_run(matmul_part, &job, divide_up(call->rows, job.rows_per_part),
+                    call->rows * call->row_stride * call->m);
     }
     threads_unlock();
     return ready;
@@ -161,9 +162,9 @@ bool compute_matmul(const struct matmul *call) {
    depends neither on how many threads there are nor on which of them was quick. */
 struct ffn_job {
     const struct ffn *call;
-    struct operand x, acc; /* acc: the accumulators' shape */
-    const uint32_t *live;  /* the records to do, or NULL for all of them */
-    size_t live_count, parts, first_token;
+    struct operand x;     /* the accumulators have its shape */
+    const uint32_t *live; /* the records to do, or NULL for all of them */
+    size_t live_count, parts, first_token, ahead;
     float *sums; /* [parts][m * (width + group_width)] */
     bool used[MAX_PARTS];
 };
@@ -193,15 +194,23 @@ static struct row row_at(const struct ffn *call, struct part part, size_t record
     return (struct row){p + part.weights, p + part.scales, p + part.biases};
 }
 
-static size_t sum_size(const struct ffn_job *job) { return job->acc.m * (job->acc.width + job->acc.group_width); }
+static size_t live_record(const struct ffn_job *job, size_t i) { return job->live == NULL ? i : job->live[i]; }
+
+/* Calls the beginning of a row into the cache: from there the processor follows by itself. */
+static void fetch(const struct format *format, const struct row *row) {
+    const size_t size = least(row_size(format), FETCH_BYTES);
+    for (size_t i = 0; i < size; i += CACHE_LINE) __builtin_prefetch(row->weights + i);
+}
+
+static size_t sum_size(const struct ffn_job *job) { return job->x.m * (job->x.width + job->x.group_width); }
 
 static void add_pending(struct ffn_job *job, size_t part, struct pending *pending) {
     if (pending->count == 0) return;
     float *sums = job->sums + part * sum_size(job);
     if (!job->used[part]) memset(sums, 0, sum_size(job) * sizeof *sums);
     job->used[part] = true;
-    simd->axpys(&job->acc, pending->rows, pending->count, pending->h[0], BATCH, sums,
-                sums + job->acc.m * job->acc.width);
+    simd->axpys(&job->x, pending->rows, pending->count, pending->h[0], BATCH, sums,
+                sums + job->x.m * job->x.width);
     pending->count = 0;
 }
 
@@ -214,58 +223,63 @@ static bool any(const float h[TOKENS][BATCH], size_t m, size_t i) {
 static void ffn_part(void *context, size_t part) {
     struct ffn_job *job = context;
     const struct ffn *call = job->call;
+    const struct part lead = call->gated ? call->gate : call->up;
+    const float *lead_bias = call->gated ? call->gate_bias : call->up_bias;
     const size_t m = job->x.m, begin = job->live_count * part / job->parts,
                  end = job->live_count * (part + 1) / job->parts;
     struct pending pending = {0};
     for (size_t first = begin; first < end; first += BATCH) {
-        size_t count = least(BATCH, end - first), record[BATCH];
-        struct row rows[BATCH];
+        size_t count = least(BATCH, end - first), records[BATCH];
+        struct row rows[BATCH], soon[BATCH];
         float h[TOKENS][BATCH];
-        for (size_t i = 0; i < count; i++) record[i] = job->live == NULL ? first + i : job->live[first + i];
-        if (call->gated) {
-            float gates[TOKENS][BATCH];
-            for (size_t i = 0; i < count; i++) rows[i] = row_at(call, call->gate, record[i]);
-            simd->dots(&job->x, rows, count, gates[0], BATCH);
+        for (size_t i = 0; i < count; i++) {
+            records[i] = live_record(job, first + i);
+            rows[i] = row_at(call, lead, records[i]);
+            soon[i] = row_at(call, lead, live_record(job, least(first + i + job->ahead, end - 1)));
+        }
+        simd->dots(&job->x, rows, soon, count, h[0], BATCH);
+        size_t open = 0; /* those which some token leaves on, moved to the front */
+        for (size_t i = 0; i < count; i++) {
+            const float bias = lead_bias == NULL ? 0 : lead_bias[records[i]];
+            for (size_t t = 0; t < m; t++) h[t][open] = activate(call->act, call->threshold, h[t][i] + bias);
+            records[open] = records[i];
+            open += any(h, m, open);
+        }
+        if (call->gated && open > 0) {
+            float up[TOKENS][BATCH];
+            for (size_t i = 0; i < open; i++) rows[i] = row_at(call, call->up, records[i]);
+            for (size_t i = 0; i < open; i++) soon[i] = rows[least(i + job->ahead, open - 1)];
+            simd->dots(&job->x, rows, soon, open, up[0], BATCH);
             for (size_t t = 0; t < m; t++)
-                for (size_t i = 0; i < count; i++) {
-                    const float bias = call->gate_bias == NULL ? 0 : call->gate_bias[record[i]];
-                    gates[t][i] = activate(call->act, call->threshold, gates[t][i] + bias);
-                }
-            size_t open = 0;
-            for (size_t i = 0; i < count; i++) {
-                if (!any(gates, m, i)) continue;
-                for (size_t t = 0; t < m; t++) gates[t][open] = gates[t][i];
-                record[open] = record[i];
-                rows[open++] = row_at(call, call->up, record[i]);
-            }
-            count = open;
-            simd->dots(&job->x, rows, count, h[0], BATCH);
-            for (size_t t = 0; t < m; t++)
-                for (size_t i = 0; i < count; i++) {
-                    float up = h[t][i] + (call->up_bias == NULL ? 0 : call->up_bias[record[i]]);
-                    if (call->act == DRELU) up = activate(RELU, 0, up);
-                    h[t][i] = gates[t][i] * up;
-                }
-        } else {
-            for (size_t i = 0; i < count; i++) rows[i] = row_at(call, call->up, record[i]);
-            simd->dots(&job->x, rows, count, h[0], BATCH);
-            for (size_t t = 0; t < m; t++)
-                for (size_t i = 0; i < count; i++) {
-                    const float bias = call->up_bias == NULL ? 0 : call->up_bias[record[i]];
-                    h[t][i] = activate(call->act, call->threshold, h[t][i] + bias);
+                for (size_t i = 0; i < open; i++) {
+                    if (call->up_bias != NULL) up[t][i] += call->up_bias[records[i]];
+                    h[t][i] *= call->act == DRELU ? activate(RELU, 0, up[t][i]) : up[t][i];
                 }
         }
-        for (size_t i = 0; i < count; i++) {
+        for (size_t i = 0; i < open; i++) {
             if (!any(h, m, i)) continue;
             for (size_t t = 0; t < m; t++) {
                 pending.h[t][pending.count] = h[t][i];
-                if (call->active != NULL) call->active[(job->first_token + t) * call->n + record[i]] = h[t][i] != 0;
+                if (call->active != NULL) call->active[(job->first_token + t) * call->n + records[i]] = h[t][i] != 0;
             }
-            pending.rows[pending.count++] = row_at(call, call->down, record[i]);
-            if (pending.count == BATCH) add_pending(job, part, &pending);
+            pending.rows[pending.count] = row_at(call, call->down, records[i]);
+            fetch(&call->format, &pending.rows[pending.count]);
+            if (++pending.count == BATCH) add_pending(job, part, &pending);
         }
     }
     add_pending(job, part, &pending);
+}
+
+static void add_up(const struct ffn_job *job, float *out) {
+    const size_t size = sum_size(job);
+    float *total = NULL;
+    for (size_t part = 0; part < job->parts; part++) {
+        float *sums = job->sums + part * size;
+        if (!job->used[part]) continue;
+        for (size_t i = 0; total != NULL && i < size; i++) total[i] += sums[i];
+        if (total == NULL) total = sums;
+    }
+    if (total != NULL) simd->collect(&job->x, total, total + job->x.m * job->x.width, out);
 }
 
 bool compute_ffn(const struct ffn *call) {
@@ -287,22 +301,15 @@ bool compute_ffn(const struct ffn *call) {
     }
     const size_t parts = least(divide_up(live_count, RECORDS_PER_PART), MAX_PARTS);
     for (size_t t = 0; ready && t < call->m; t += TOKENS) {
-        struct ffn_job job = {.call = call, .live = live, .live_count = live_count, .parts = parts, .first_token = t};
+        struct ffn_job job = {.call = call, .live = live, .live_count = live_count, .parts = parts,
+                              .first_token = t, .ahead = rows_ahead(&call->format)};
         const size_t d = call->format.cols;
         ready = prepare(&call->format, call->x + t * d, least(TOKENS, call->m - t), &arranged, &job.x);
-        job.acc = job.x;
-        simd->measure(&job.acc);
         ready = ready && reserve(&accumulators, parts * sum_size(&job));
         if (!ready) break;
         job.sums = accumulators.data;
-        threads_run(ffn_part, &job, parts);
-        for (size_t part = 0; part < parts; part++) {
-            if (!job.used[part]) continue;
-            const float *acc = job.sums + part * sum_size(&job), *groups = acc + job.acc.m * job.acc.width;
-            for (size_t i = 0; i < job.acc.m; i++)
-                simd->collect(&job.acc, acc + i * job.acc.width, groups + i * job.acc.group_width,
-                              call->out + (t + i) * d);
-        }
+        threads_run(ffn_part, &job, parts, live_count * call->record_stride * job.x.m);
+        add_up(&job, call->out + t * d);
     }
     threads_unlock();
     free(live);
@@ -332,7 +339,7 @@ void compute_copy(uint8_t *target, size_t target_stride, const int64_t *target_r
     struct copy_job job = {target,      source,      target_stride, source_stride, count, size,
                            divide_up(PART_BYTES, size), target_rows, source_rows};
     threads_lock();
-    threads_run(copy_part, &job, divide_up(count, job.rows_per_part));
+    threads_run(copy_part, &job, divide_up(count, job.rows_per_part), 2 * count * size);
     threads_unlock();
 }
 
@@ -354,7 +361,7 @@ double compute_read_bandwidth(const uint8_t *bytes, size_t size) {
     struct sweep_job job = {.bytes = bytes, .size = size, .part_size = 1 << 20};
     struct timespec begin, end;
     clock_gettime(CLOCK_MONOTONIC, &begin);
-    threads_run(sweep_part, &job, divide_up(size, job.part_size));
+    threads_run(sweep_part, &job, divide_up(size, job.part_size), size);
     clock_gettime(CLOCK_MONOTONIC, &end);
     threads_unlock();
     const double seconds = (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);

@@ -10,7 +10,6 @@
 #endif
 
 #define LANES 8
-#define REGISTERS 16
 typedef __m256 vf;
 typedef uint32_t vu __attribute__((vector_size(32)));
 
@@ -37,7 +36,7 @@ INLINE vu shuffle_halves(const uint8_t *low, const uint8_t *high, __m256i lanes)
     return (vu)_mm256_shuffle_epi8(_mm256_inserti128_si256(v, _mm_loadu_si128((const void *)high), 1), lanes);
 }
 
-INLINE vu vu_lane_groups(int shift) { return (vu){0, 1, 2, 3, 4, 5, 6, 7} >> shift; }
+INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3, 4, 5, 6, 7}; }
 INLINE vu vu_load(const uint8_t *p) { return (vu)_mm256_loadu_si256((const void *)p); }
 INLINE vu vu_load3(const uint8_t *p) {
     return shuffle_halves(p, p + 8, /* of 24 bytes, the upper lanes' begin at 12 */

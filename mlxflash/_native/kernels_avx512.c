@@ -11,7 +11,6 @@
 #endif
 
 #define LANES 16
-#define REGISTERS 32
 typedef __m512 vf;
 typedef uint32_t vu __attribute__((vector_size(64)));
 
@@ -28,9 +27,7 @@ INLINE vf vf_from_bf16(const uint8_t *p) {
 INLINE vf vf_from_field(vu v) { return _mm512_cvtepi32_ps((__m512i)v); }
 INLINE vf vf_pick(vf v, vu index) { return _mm512_permutexvar_ps((__m512i)index, v); }
 
-INLINE vu vu_lane_groups(int shift) {
-    return (vu){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} >> shift;
-}
+INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 INLINE vu vu_load(const uint8_t *p) { return (vu)_mm512_loadu_si512(p); }
 INLINE vu vu_load3(const uint8_t *p) {
     const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);

@@ -1,6 +1,6 @@
 /* The kernels, written once over a vector type. An including file defines, for its instruction set:
 
-     LANES, REGISTERS             floats in a vector; vector registers
+     LANES                        floats in a vector
      vf, vu                       vectors of LANES float and uint32_t (arithmetic operators work on both)
      vf_load vf_store vf_set vf_fma vf_sum       the usual; vf_fma(a, b, c) = a * b + c
      vf_from_f16 vf_from_bf16     LANES halves at an address, as floats
@@ -8,15 +8,18 @@
      vu_load, vu_load3, vu_load5  LANES little-endian values of 32, 24 and 20 bits at an address; of what lies
                                   above a value's bits in its lane nothing is said. Reads no byte beyond.
      vf_from_field                the float of a value below 2^31
-     vu_lane_groups(shift)        lane >> shift for every lane
+     vu_lanes                     0, 1, 2 ...
 
-   A q is never shifted down to be used. A 32-bit lane holds V consecutive q's; masking the k-th in place and
-   converting gives q * 2^(bits * k), and x carries the factor 2^-(bits * k), so a q costs one AND, one
-   conversion and one FMA whatever its width, all exact. For this x is arranged so that the values which meet
-   the k-th q's of a vector of lanes are neighbours: arranged[(block * V + k) * LANES + lane] belongs to column
-   (block * LANES + lane) * V + k. Only the topmost q of a full lane is shifted, because not every instruction
-   set converts unsigned integers. The scale is applied once per lane and block; the bias meets the sum of the
-   group's x, which every row shares. */
+   A q is never shifted down to be used. A 32-bit lane holds V consecutive q's, taken in runs of at most 8;
+   masking the k-th of a run in place and converting gives q * 2^(bits * k), and x carries 2^-(bits * k), so a q
+   of any width costs one AND, one conversion and one FMA, all exact. For this x is arranged so that the values
+   which meet the k-th q's of a vector of lanes are neighbours: vector block * V + k holds, for every lane,
+   column (block * LANES + lane) * V + k. Only the topmost q of a full lane is shifted, because not every
+   instruction set converts unsigned integers. The scale is applied once per lane and block; the bias meets the
+   sum of the group's x, which every row shares.
+
+   Tokens are taken in tiles of 4, 2 and 1. A tile's x has its tokens' vectors next to each other, so that one
+   pointer reaches them all; vectors are padded with zeros. Accumulators are laid out like x. */
 
 #include <string.h>
 
@@ -24,8 +27,8 @@
 
 #define UNROLL _Pragma("GCC unroll 32")
 
-/* V: the q's in a lane. They are taken in runs of at most 8, between which the lane is shifted. */
 #define LANE_VALUES(bits) ((bits) == 1 ? 32 : (bits) == 2 ? 16 : (bits) == 3 || (bits) == 4 ? 8 : 4)
+#define RUN_VALUES(bits) (LANE_VALUES(bits) < 8 ? LANE_VALUES(bits) : 8)
 #define LANE_BITS(bits) ((bits) * LANE_VALUES(bits))
 #define BLOCK_BYTES(bits) ((size_t)LANE_BITS(bits) * LANES / 8)
 #define KIND_SIZE(kind) ((kind) == F32 ? 4 : 2)
@@ -34,7 +37,7 @@ INLINE vu vu_set(uint32_t value) { return (vu){0} + value; }
 
 /* --- loading ------------------------------------------------------------------------------------------ */
 
-INLINE vf load_values(const int kind, const uint8_t *p) {
+INLINE vf load_values(int kind, const uint8_t *p) {
     if (kind == F32) return vf_load((const float *)(const void *)p);
     return kind == F16 ? vf_from_f16(p) : vf_from_bf16(p);
 }
@@ -46,24 +49,9 @@ INLINE vf load_some_values(const int kind, const uint8_t *p, size_t count) {
     return load_values(kind, padded);
 }
 
-static inline vf load_scales(enum kind kind, const uint8_t *p, size_t first, size_t count) {
-    p += first * KIND_SIZE(kind);
-    if (count < LANES) return load_some_values(kind, p, count);
-    return load_values(kind, p);
-}
-
 INLINE vu load_lanes(const int bits, const uint8_t *p) {
     if (LANE_BITS(bits) == 24) return vu_load3(p);
     return LANE_BITS(bits) == 20 ? vu_load5(p) : vu_load(p);
-}
-
-/* The first `count` lanes; q's of the other lanes are zero. */
-INLINE vu load_some_lanes(const int bits, const uint8_t *p, size_t count) {
-    if (count >= LANES) return load_lanes(bits, p);
-    uint8_t padded[BLOCK_BYTES(bits)];
-    memset(padded, 0, sizeof padded);
-    memcpy(padded, p, count * LANE_BITS(bits) / 8);
-    return load_lanes(bits, padded);
 }
 
 INLINE vf field(const int bits, const int k, vu lanes) {
@@ -72,190 +60,214 @@ INLINE vf field(const int bits, const int k, vu lanes) {
 }
 
 static float field_unit(int bits, int k) {
-    return bits * (k + 1) == 32 ? 1.0f : 1.0f / (float)(UINT64_C(1) << (bits * k));
+    k %= RUN_VALUES(bits);
+    return bits * (k + 1) == 32 ? 1.0f : 1.0f / (float)(1u << (bits * k));
 }
 
-/* --- dots: several rows times several tokens in registers ---------------------------------------------- */
+/* --- rows of an affine format --------------------------------------------------------------------------- */
 
-INLINE void dense_dots(const int kind, const int R, const int M, const struct operand *p, const struct row *rows,
-                       const float *x, float *out, size_t out_stride) {
-    const int U = R * M >= 8 ? 1 : R * M >= 4 ? 2 : 4; /* enough sums in flight to hide an FMA's latency */
-    const size_t cols = p->format.cols, width = p->width;
-    const uint8_t *w[4];
-    vf sum[4][4][4];
-    UNROLL for (int r = 0; r < R; r++) w[r] = rows[r].weights;
-    UNROLL for (int u = 0; u < U; u++)
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < M; t++) sum[u][r][t] = vf_set(0);
-    size_t c = 0;
-    for (; c + U * LANES <= cols; c += U * LANES)
-        UNROLL for (int u = 0; u < U; u++)
-            UNROLL for (int r = 0; r < R; r++) {
-                const vf v = load_values(kind, w[r] + (c + u * LANES) * KIND_SIZE(kind));
-                UNROLL for (int t = 0; t < M; t++)
-                    sum[u][r][t] = vf_fma(v, vf_load(x + t * width + c + u * LANES), sum[u][r][t]);
-            }
-    for (; c < cols; c += LANES) {
-        const size_t left = cols - c;
-        vf v[4], xv[4];
-        UNROLL for (int r = 0; r < R; r++) {
-            const uint8_t *p = w[r] + c * KIND_SIZE(kind);
-            v[r] = left < LANES ? load_some_values(kind, p, left) : load_values(kind, p);
-        }
-        UNROLL for (int t = 0; t < M; t++) {
-            const float *p = x + t * width + c;
-            xv[t] = left < LANES ? load_some_values(F32, (const uint8_t *)p, left) : vf_load(p);
-        }
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int t = 0; t < M; t++) sum[0][r][t] = vf_fma(v[r], xv[t], sum[0][r][t]);
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < M; t++) {
-            vf total = sum[0][r][t];
-            UNROLL for (int u = 1; u < U; u++) total += sum[u][r][t];
-            out[t * out_stride + r] = vf_sum(total);
-        }
-}
-
-/* How the lanes of one group follow each other: `lanes` of them; the groups of a block's lanes start at
-   `first` and move on by `step` every `blocks` blocks. */
-struct lane_map {
-    size_t lanes, blocks;
-    vu first, step;
+/* A row's last lanes and last scales seldom fill a vector, and may end where memory ends. They are read from
+   here. */
+struct row_end {
+    uint8_t lanes[LANES * 4], scales[LANES * 4], biases[LANES * 4];
 };
 
-INLINE struct lane_map map_lanes(const int bits, size_t group) {
-    const size_t lanes = group / LANE_VALUES(bits);
-    return (struct lane_map){
-        lanes,
-        lanes > LANES ? lanes / LANES : 1,
-        vu_lane_groups(__builtin_ctz((unsigned)lanes)),
-        vu_set(lanes > LANES ? 1 : (uint32_t)(LANES / lanes)),
-    };
+/* Where the rows' scales belong: lane l, counted from a vector of scales on, to scale l >> shift. */
+struct affine_shape {
+    size_t groups, lanes; /* in a row; in a group */
+    int shift;
+};
+
+INLINE struct affine_shape affine_shape(const int bits, const struct format *f) {
+    const size_t lanes = f->group / LANE_VALUES(bits);
+    return (struct affine_shape){f->cols / f->group, lanes, __builtin_ctz((unsigned)lanes)};
 }
 
-INLINE void affine_dots(const int bits, const int R, const int M, const struct operand *p, const struct row *rows,
-                        const float *x, const float *x_groups, float *out, size_t out_stride) {
-    const int V = LANE_VALUES(bits);
-    const size_t groups = p->format.cols / p->format.group, width = p->width, group_width = p->group_width;
-    const struct lane_map map = map_lanes(bits, p->format.group);
+/* Returns where the row's incomplete vector of lanes begins, or NULL. */
+INLINE const uint8_t *copy_row_end(const int bits, const struct format *f, const struct row *row,
+                                   struct row_end *end) {
+    const size_t groups = f->cols / f->group, scale = KIND_SIZE(f->scale_kind), left = groups % LANES;
+    const size_t row_bytes = f->cols / 8 * (size_t)bits, bytes = row_bytes % BLOCK_BYTES(bits);
+    if (left != 0) {
+        *end = (struct row_end){0};
+        memcpy(end->scales, row->scales + (groups - left) * scale, left * scale);
+        memcpy(end->biases, row->biases + (groups - left) * scale, left * scale);
+    }
+    if (bytes == 0) return NULL;
+    memcpy(end->lanes, row->weights + row_bytes - bytes, bytes);
+    return row->weights + row_bytes - bytes;
+}
+
+/* --- dots: one row times a tile of tokens ---------------------------------------------------------------- */
+
+/* One row at a time, since memory likes one stream best. What comes BYTES_AHEAD later is called into the cache
+   meanwhile: the rest of the row and then another one's beginning, where the processor's own guess would end. */
+struct ahead {
+    const uint8_t *at, *then;
+    size_t left; /* bytes until `then` */
+};
+
+INLINE struct ahead look_ahead(const struct row *row, const struct row *soon, size_t row_bytes) {
+    if (row_bytes <= BYTES_AHEAD) return (struct ahead){soon->weights, soon->weights, SIZE_MAX};
+    return (struct ahead){row->weights + BYTES_AHEAD, soon->weights, row_bytes - BYTES_AHEAD};
+}
+
+INLINE void call_ahead(struct ahead *ahead, size_t size) {
+    for (size_t i = 0; i < size; i += CACHE_LINE) __builtin_prefetch(ahead->at + i);
+    ahead->at += size;
+    if (ahead->left > size) {
+        ahead->left -= size;
+    } else {
+        ahead->at = ahead->then;
+        ahead->left = SIZE_MAX;
+    }
+}
+
+INLINE void dense_dot(const int kind, const int M, const struct operand *p, const struct row *row,
+                      const struct row *soon, const float *x, float *out, size_t out_stride) {
+    enum { MOST = 8 }; /* sums in flight, to hide an FMA's latency */
+    const int U = MOST / M;
+    const size_t cols = p->format.cols;
+    const uint8_t *w = row->weights;
+    struct ahead ahead = look_ahead(row, soon, cols * KIND_SIZE(kind));
+    vf sum[MOST][4];
+    UNROLL for (int u = 0; u < U; u++)
+        UNROLL for (int t = 0; t < M; t++) sum[u][t] = vf_set(0);
+    size_t c = 0;
+    for (; c + U * LANES <= cols; c += U * LANES, x += U * M * LANES) {
+        call_ahead(&ahead, U * LANES * KIND_SIZE(kind));
+        UNROLL for (int u = 0; u < U; u++) {
+            const vf v = load_values(kind, w + (c + u * LANES) * KIND_SIZE(kind));
+            UNROLL for (int t = 0; t < M; t++) sum[u][t] = vf_fma(v, vf_load(x + (u * M + t) * LANES), sum[u][t]);
+        }
+    }
+    for (; c < cols; c += LANES, x += M * LANES) {
+        const uint8_t *p = w + c * KIND_SIZE(kind);
+        const vf v = cols - c < LANES ? load_some_values(kind, p, cols - c) : load_values(kind, p);
+        UNROLL for (int t = 0; t < M; t++) sum[0][t] = vf_fma(v, vf_load(x + t * LANES), sum[0][t]);
+    }
+    UNROLL for (int t = 0; t < M; t++) {
+        UNROLL for (int u = 1; u < U; u++) sum[0][t] += sum[u][t];
+        out[t * out_stride] = vf_sum(sum[0][t]);
+    }
+}
+
+INLINE void affine_dot(const int bits, const int M, const struct operand *p, const struct row *row,
+                       const struct row *soon, const float *x, const float *x_groups, float *out,
+                       size_t out_stride) {
+    const int V = LANE_VALUES(bits), RUN = RUN_VALUES(bits);
+    const struct affine_shape shape = affine_shape(bits, &p->format);
     const enum kind scale_kind = p->format.scale_kind;
-    const uint8_t *w[4];
-    vf sum[4][4];
-    UNROLL for (int r = 0; r < R; r++) {
-        w[r] = rows[r].weights;
-        UNROLL for (int t = 0; t < M; t++) sum[r][t] = vf_set(0);
-    }
-    for (size_t g = 0; g < groups; g += LANES) {
-        const size_t here = groups - g < LANES ? groups - g : LANES;
-        vf scales[4];
-        UNROLL for (int r = 0; r < R; r++) {
-            const vf biases = load_scales(scale_kind, rows[r].biases, g, here);
-            scales[r] = load_scales(scale_kind, rows[r].scales, g, here);
-            UNROLL for (int t = 0; t < M; t++)
-                sum[r][t] = vf_fma(biases, vf_load(x_groups + t * group_width + g), sum[r][t]);
-        }
-        size_t left = here * map.lanes;
-        for (vu at = map.first; left > 0; at += map.step) {
-            vf scale[4];
-            UNROLL for (int r = 0; r < R; r++) scale[r] = vf_pick(scales[r], at);
-            for (size_t b = 0; b < map.blocks; b++) {
-                vu q[4];
-                vf part[4][4];
-                UNROLL for (int r = 0; r < R; r++) {
-                    q[r] = load_some_lanes(bits, w[r], left);
-                    w[r] += BLOCK_BYTES(bits);
+    const uint8_t *w = row->weights, *next = soon->weights;
+    struct row_end end;
+    const uint8_t *const incomplete = copy_row_end(bits, &p->format, row, &end);
+    vf sum[4];
+    UNROLL for (int t = 0; t < M; t++) sum[t] = vf_set(0);
+    for (size_t g = 0; g < shape.groups; g += LANES, x_groups += M * LANES) {
+        const bool is_whole = shape.groups - g >= LANES;
+        const size_t offset = g * KIND_SIZE(scale_kind);
+        const vf scales = load_values(scale_kind, is_whole ? row->scales + offset : end.scales);
+        const vf biases = load_values(scale_kind, is_whole ? row->biases + offset : end.biases);
+        __builtin_prefetch(soon->scales + offset);
+        __builtin_prefetch(soon->biases + offset);
+        UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(biases, vf_load(x_groups + t * LANES), sum[t]);
+        vu lane = vu_lanes();
+        const size_t lane_count = (is_whole ? LANES : shape.groups - g) * shape.lanes;
+        for (size_t done = 0; done < lane_count; done += LANES, lane += LANES) {
+            vu lanes = load_lanes(bits, w == incomplete ? end.lanes : w);
+            vf part[4];
+            __builtin_prefetch(next);
+            w += BLOCK_BYTES(bits);
+            next += BLOCK_BYTES(bits);
+            UNROLL for (int t = 0; t < M; t++) part[t] = vf_set(0);
+            for (int run = 0; run < V; run += RUN, x += RUN * M * LANES) {
+                UNROLL for (int k = 0; k < RUN; k++) {
+                    const vf v = field(bits, k, lanes);
+                    UNROLL for (int t = 0; t < M; t++) part[t] = vf_fma(v, vf_load(x + (k * M + t) * LANES), part[t]);
                 }
-                UNROLL for (int k = 0; k < V; k++)
-                    UNROLL for (int r = 0; r < R; r++) {
-                        const vf v = field(bits, k, q[r]);
-                        UNROLL for (int t = 0; t < M; t++) {
-                            const vf xv = vf_load(x + t * width + k * LANES);
-                            if (k == 0) part[r][t] = v * xv;
-                            else part[r][t] = vf_fma(v, xv, part[r][t]);
-                        }
-                    }
-                UNROLL for (int r = 0; r < R; r++)
-                    UNROLL for (int t = 0; t < M; t++) sum[r][t] = vf_fma(scale[r], part[r][t], sum[r][t]);
-                x += V * LANES;
-                left = left > LANES ? left - LANES : 0;
+                if (RUN < V) lanes >>= RUN * bits;
             }
+            const vf scale = vf_pick(scales, lane >> shape.shift);
+            UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(scale, part[t], sum[t]);
         }
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int t = 0; t < M; t++) out[t * out_stride + r] = vf_sum(sum[r][t]);
+    UNROLL for (int t = 0; t < M; t++) out[t * out_stride] = vf_sum(sum[t]);
 }
 
 /* --- axpys: several rows, each times a number, into several tokens' accumulators ----------------------- */
 
 INLINE void dense_axpys(const int kind, const int R, const int M, const struct operand *p, const struct row *rows,
                         const float *h, size_t h_stride, float *acc) {
-    const size_t cols = p->format.cols, width = p->width;
+    const size_t cols = p->format.cols;
     const uint8_t *w[4];
     vf factor[4][4];
     UNROLL for (int r = 0; r < R; r++) {
         w[r] = rows[r].weights;
         UNROLL for (int t = 0; t < M; t++) factor[t][r] = vf_set(h[t * h_stride + r]);
     }
-    for (size_t c = 0; c < cols; c += LANES) {
-        const size_t left = cols - c;
+    size_t c = 0;
+    for (; c + LANES <= cols; c += LANES, acc += M * LANES) {
         vf v[4];
-        UNROLL for (int r = 0; r < R; r++) {
-            const uint8_t *p = w[r] + c * KIND_SIZE(kind);
-            v[r] = left < LANES ? load_some_values(kind, p, left) : load_values(kind, p);
-        }
+        UNROLL for (int r = 0; r < R; r++) v[r] = load_values(kind, w[r] + c * KIND_SIZE(kind));
         UNROLL for (int t = 0; t < M; t++) {
-            vf sum = vf_load(acc + t * width + c);
+            vf sum = vf_load(acc + t * LANES);
             UNROLL for (int r = 0; r < R; r++) sum = vf_fma(factor[t][r], v[r], sum);
-            vf_store(acc + t * width + c, sum);
+            vf_store(acc + t * LANES, sum);
         }
+    }
+    UNROLL for (int r = 0; r < R && c < cols; r++) {
+        const vf v = load_some_values(kind, w[r] + c * KIND_SIZE(kind), cols - c);
+        UNROLL for (int t = 0; t < M; t++)
+            vf_store(acc + t * LANES, vf_fma(factor[t][r], v, vf_load(acc + t * LANES)));
     }
 }
 
 INLINE void affine_axpys(const int bits, const int R, const int M, const struct operand *p, const struct row *rows,
                          const float *h, size_t h_stride, float *acc, float *acc_groups) {
-    const int V = LANE_VALUES(bits);
-    const size_t groups = p->format.cols / p->format.group, width = p->width, group_width = p->group_width;
-    const struct lane_map map = map_lanes(bits, p->format.group);
+    const int V = LANE_VALUES(bits), RUN = RUN_VALUES(bits);
+    const struct affine_shape shape = affine_shape(bits, &p->format);
     const enum kind scale_kind = p->format.scale_kind;
-    const uint8_t *w[4];
-    UNROLL for (int r = 0; r < R; r++) w[r] = rows[r].weights;
-    for (size_t g = 0; g < groups; g += LANES) {
-        const size_t here = groups - g < LANES ? groups - g : LANES;
-        vf scales[4], biases[4];
+    struct row_end ends[4];
+    const uint8_t *w[4], *incomplete[4];
+    UNROLL for (int r = 0; r < R; r++) {
+        incomplete[r] = copy_row_end(bits, &p->format, &rows[r], &ends[r]);
+        w[r] = rows[r].weights;
+    }
+    for (size_t g = 0; g < shape.groups; g += LANES, acc_groups += M * LANES) {
+        const bool is_whole = shape.groups - g >= LANES;
+        vf scales[4];
         UNROLL for (int r = 0; r < R; r++) {
-            biases[r] = load_scales(scale_kind, rows[r].biases, g, here);
-            scales[r] = load_scales(scale_kind, rows[r].scales, g, here);
+            const size_t at = g * KIND_SIZE(scale_kind);
+            const vf biases = load_values(scale_kind, is_whole ? rows[r].biases + at : ends[r].biases);
+            scales[r] = load_values(scale_kind, is_whole ? rows[r].scales + at : ends[r].scales);
+            UNROLL for (int t = 0; t < M; t++) {
+                float *acc_t = acc_groups + t * LANES;
+                vf_store(acc_t, vf_fma(vf_set(h[t * h_stride + r]), biases, vf_load(acc_t)));
+            }
         }
-        UNROLL for (int t = 0; t < M; t++) {
-            vf sum = vf_load(acc_groups + t * group_width + g);
-            UNROLL for (int r = 0; r < R; r++) sum = vf_fma(vf_set(h[t * h_stride + r]), biases[r], sum);
-            vf_store(acc_groups + t * group_width + g, sum);
-        }
-        size_t left = here * map.lanes;
-        for (vu at = map.first; left > 0; at += map.step) {
+        vu lane = vu_lanes();
+        const size_t lane_count = (is_whole ? LANES : shape.groups - g) * shape.lanes;
+        for (size_t done = 0; done < lane_count; done += LANES, lane += LANES) {
+            vu lanes[4];
             vf factor[4][4];
             UNROLL for (int r = 0; r < R; r++) {
-                const vf scale = vf_pick(scales[r], at);
+                const vf scale = vf_pick(scales[r], lane >> shape.shift);
                 UNROLL for (int t = 0; t < M; t++) factor[t][r] = scale * vf_set(h[t * h_stride + r]);
+                lanes[r] = load_lanes(bits, w[r] == incomplete[r] ? ends[r].lanes : w[r]);
+                w[r] += BLOCK_BYTES(bits);
             }
-            for (size_t b = 0; b < map.blocks; b++) {
-                vu q[4];
-                UNROLL for (int r = 0; r < R; r++) {
-                    q[r] = load_some_lanes(bits, w[r], left);
-                    w[r] += BLOCK_BYTES(bits);
-                }
-                UNROLL for (int k = 0; k < V; k++) {
+            for (int run = 0; run < V; run += RUN, acc += RUN * M * LANES) {
+                UNROLL for (int k = 0; k < RUN; k++) {
                     vf v[4];
-                    UNROLL for (int r = 0; r < R; r++) v[r] = field(bits, k, q[r]);
+                    UNROLL for (int r = 0; r < R; r++) v[r] = field(bits, k, lanes[r]);
                     UNROLL for (int t = 0; t < M; t++) {
-                        vf sum = vf_load(acc + t * width + k * LANES);
+                        float *acc_t = acc + (k * M + t) * LANES;
+                        vf sum = vf_load(acc_t);
                         UNROLL for (int r = 0; r < R; r++) sum = vf_fma(factor[t][r], v[r], sum);
-                        vf_store(acc + t * width + k * LANES, sum);
+                        vf_store(acc_t, sum);
                     }
                 }
-                acc += V * LANES;
-                left = left > LANES ? left - LANES : 0;
+                UNROLL for (int r = 0; r < R && RUN < V; r++) lanes[r] >>= RUN * bits;
             }
         }
     }
@@ -263,61 +275,53 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
 
 /* --- one function per way of storing a row and number of tokens: 4, 2, 1 ------------------------------- */
 
-/* As many rows at once as the registers hold sums for. */
-#define DENSE_ROWS(M) (REGISTERS >= 32 || M < 4 ? 4 : 2)
-#define AFFINE_ROWS(M) (REGISTERS >= 32 || M < 4 ? 2 : 1)
 #define AXPY_ROWS 4
 
-typedef void (*dots_function)(const struct operand *p, const struct row *rows, size_t count, const float *x,
-                              const float *x_groups, float *out, size_t out_stride);
+typedef void (*dots_function)(const struct operand *p, const struct row *rows, const struct row *soon, size_t count,
+                              const float *x, const float *x_groups, float *out, size_t out_stride);
 typedef void (*axpys_function)(const struct operand *p, const struct row *rows, size_t count, const float *h,
                                size_t h_stride, float *acc, float *acc_groups);
 
-#define DEFINE_DENSE(name, kind, M)                                                                              \
-    static void name##_dots_##M(const struct operand *p, const struct row *rows, size_t count, const float *x,   \
-                                const float *x_groups, float *out, size_t out_stride) {                          \
-        (void)x_groups;                                                                                          \
-        size_t r = 0;                                                                                            \
-        for (; r + DENSE_ROWS(M) <= count; r += DENSE_ROWS(M))                                                   \
-            dense_dots(kind, DENSE_ROWS(M), M, p, rows + r, x, out + r, out_stride);                             \
-        for (; r < count; r++) dense_dots(kind, 1, M, p, rows + r, x, out + r, out_stride);                      \
-    }                                                                                                            \
-    static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,  \
-                                 size_t h_stride, float *acc, float *acc_groups) {                               \
-        (void)acc_groups;                                                                                        \
-        size_t r = 0;                                                                                            \
-        for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                           \
-            dense_axpys(kind, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc);                                  \
-        for (; r < count; r++) dense_axpys(kind, 1, M, p, rows + r, h + r, h_stride, acc);                       \
-    }
+INLINE void all_dots(const int kind, const int bits, const int M, const struct operand *p, const struct row *rows,
+                     const struct row *soon, size_t count, const float *x, const float *x_groups, float *out,
+                     size_t out_stride) {
+    for (size_t r = 0; r < count; r++)
+        if (kind == AFFINE) affine_dot(bits, M, p, rows + r, soon + r, x, x_groups, out + r, out_stride);
+        else dense_dot(kind, M, p, rows + r, soon + r, x, out + r, out_stride);
+}
 
-#define DEFINE_AFFINE(name, bits, M)                                                                             \
-    static void name##_dots_##M(const struct operand *p, const struct row *rows, size_t count, const float *x,   \
-                                const float *x_groups, float *out, size_t out_stride) {                          \
-        size_t r = 0;                                                                                            \
-        for (; r + AFFINE_ROWS(M) <= count; r += AFFINE_ROWS(M))                                                 \
-            affine_dots(bits, AFFINE_ROWS(M), M, p, rows + r, x, x_groups, out + r, out_stride);                 \
-        for (; r < count; r++) affine_dots(bits, 1, M, p, rows + r, x, x_groups, out + r, out_stride);           \
-    }                                                                                                            \
-    static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,  \
-                                 size_t h_stride, float *acc, float *acc_groups) {                               \
-        size_t r = 0;                                                                                            \
-        for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                           \
-            affine_axpys(bits, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc, acc_groups);                     \
-        for (; r < count; r++) affine_axpys(bits, 1, M, p, rows + r, h + r, h_stride, acc, acc_groups);          \
-    }
+INLINE void some_axpys(const int kind, const int bits, const int R, const int M, const struct operand *p,
+                       const struct row *rows, const float *h, size_t h_stride, float *acc, float *acc_groups) {
+    if (kind == AFFINE) affine_axpys(bits, R, M, p, rows, h, h_stride, acc, acc_groups);
+    else dense_axpys(kind, R, M, p, rows, h, h_stride, acc);
+}
 
-#define DEFINE(which, name, how) which(name, how, 4) which(name, how, 2) which(name, how, 1)
-DEFINE(DEFINE_DENSE, f32, F32)
-DEFINE(DEFINE_DENSE, f16, F16)
-DEFINE(DEFINE_DENSE, bf16, BF16)
-DEFINE(DEFINE_AFFINE, affine1, 1)
-DEFINE(DEFINE_AFFINE, affine2, 2)
-DEFINE(DEFINE_AFFINE, affine3, 3)
-DEFINE(DEFINE_AFFINE, affine4, 4)
-DEFINE(DEFINE_AFFINE, affine5, 5)
-DEFINE(DEFINE_AFFINE, affine6, 6)
-DEFINE(DEFINE_AFFINE, affine8, 8)
+#define DEFINE_TILE(name, kind, bits, M)                                                                          \
+    static void name##_dots_##M(const struct operand *p, const struct row *rows, const struct row *soon,          \
+                                size_t count, const float *x, const float *x_groups, float *out,                  \
+                                size_t out_stride) {                                                              \
+        all_dots(kind, bits, M, p, rows, soon, count, x, x_groups, out, out_stride);                              \
+    }                                                                                                             \
+    static void name##_axpys_##M(const struct operand *p, const struct row *rows, size_t count, const float *h,   \
+                                 size_t h_stride, float *acc, float *acc_groups) {                                \
+        size_t r = 0;                                                                                             \
+        for (; r + AXPY_ROWS <= count; r += AXPY_ROWS)                                                            \
+            some_axpys(kind, bits, AXPY_ROWS, M, p, rows + r, h + r, h_stride, acc, acc_groups);                  \
+        for (; r < count; r++) some_axpys(kind, bits, 1, M, p, rows + r, h + r, h_stride, acc, acc_groups);       \
+    }
+#define DEFINE(name, kind, bits) \
+    DEFINE_TILE(name, kind, bits, 4) DEFINE_TILE(name, kind, bits, 2) DEFINE_TILE(name, kind, bits, 1)
+
+DEFINE(f32, F32, 8)
+DEFINE(f16, F16, 8)
+DEFINE(bf16, BF16, 8)
+DEFINE(affine1, AFFINE, 1)
+DEFINE(affine2, AFFINE, 2)
+DEFINE(affine3, AFFINE, 3)
+DEFINE(affine4, AFFINE, 4)
+DEFINE(affine5, AFFINE, 5)
+DEFINE(affine6, AFFINE, 6)
+DEFINE(affine8, AFFINE, 8)
 
 /* Indexed by the largest power of two (0, 1, 2) of tokens done at once. */
 #define FUNCTIONS(name)                                            \
@@ -342,13 +346,64 @@ static const struct functions *functions_for(const struct format *format) {
 
 static int tokens_at_once(size_t left) { return left >= 4 ? 2 : left >= 2 ? 1 : 0; }
 
-static void dots(const struct operand *p, const struct row *rows, size_t count, float *out, size_t out_stride) {
+/* Where a token's first vector lies, and how far apart its vectors are. */
+struct place {
+    size_t first, first_group, step;
+};
+
+static struct place place_of(const struct operand *p, size_t token) {
+    size_t tile = 0, tokens;
+    while (tile + (tokens = (size_t)1 << tokens_at_once(p->m - tile)) <= token) tile += tokens;
+    const size_t within = (token - tile) * LANES;
+    return (struct place){tile * p->width + within, tile * p->group_width + within, tokens * LANES};
+}
+
+/* A row's part from a column on. Panels begin where groups and blocks of lanes do. */
+static struct row row_from(const struct format *f, const struct row *row, size_t column) {
+    if (f->kind != AFFINE) return (struct row){.weights = row->weights + column * KIND_SIZE(f->kind)};
+    const size_t scale = column / f->group * KIND_SIZE(f->scale_kind);
+    return (struct row){row->weights + column / 8 * (size_t)f->bits, row->scales + scale, row->biases + scale};
+}
+
+/* The x of long rows would leave the first-level cache between one row and the next, so all rows first take the
+   columns whose x stays there. A multiple of any block and of LANES groups. */
+enum { PANEL_FLOATS = 8192 };
+
+static void dot_panels(const struct operand *p, const struct row *rows, const struct row *soon, size_t count,
+                       size_t tokens, dots_function function, const float *x, const float *groups, float *out,
+                       size_t out_stride) {
+    const struct format *f = &p->format;
+    const size_t panel = PANEL_FLOATS / tokens;
+    for (size_t t = 0; t < tokens; t++) memset(out + t * out_stride, 0, count * sizeof *out);
+    for (size_t column = 0; column < f->cols; column += panel) {
+        struct operand part = *p;
+        struct row here[BATCH], next[BATCH];
+        float sums[4][BATCH];
+        part.format.cols = f->cols - column < panel ? f->cols - column : panel;
+        for (size_t r = 0; r < count; r++) {
+            here[r] = row_from(f, &rows[r], column);
+            next[r] = row_from(f, &soon[r], column);
+        }
+        function(&part, here, next, count, x + column * tokens,
+                 f->kind == AFFINE ? groups + column / f->group * tokens : groups, sums[0], BATCH);
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t r = 0; r < count; r++) out[t * out_stride + r] += sums[t][r];
+    }
+}
+
+static void dots(const struct operand *p, const struct row *rows, const struct row *soon, size_t count, float *out,
+                 size_t out_stride) {
     const struct functions *f = functions_for(&p->format);
     for (size_t t = 0; t < p->m;) {
         const int power = tokens_at_once(p->m - t);
-        f->dots[power](p, rows, count, p->x + t * p->width, p->groups + t * p->group_width, out + t * out_stride,
-                       out_stride);
-        t += (size_t)1 << power;
+        const size_t tokens = (size_t)1 << power;
+        const float *x = p->x + t * p->width, *groups = p->groups + t * p->group_width;
+        float *to = out + t * out_stride;
+        if (p->format.cols * tokens <= PANEL_FLOATS)
+            f->dots[power](p, rows, soon, count, x, groups, to, out_stride);
+        else
+            dot_panels(p, rows, soon, count, tokens, f->dots[power], x, groups, to, out_stride);
+        t += tokens;
     }
 }
 
@@ -376,34 +431,47 @@ static void measure(struct operand *p) {
 
 static void arrange(const struct operand *p, const float *x, float *arranged, float *groups) {
     const struct format *f = &p->format;
-    const size_t V = LANE_VALUES(f->bits), lanes = f->cols / V, group_count = f->cols / f->group;
-    float unit[32];
-    for (size_t k = 0; k < V; k++) unit[k] = field_unit(f->bits, (int)k);
+    const size_t V = f->kind == AFFINE ? LANE_VALUES(f->bits) : 1, lanes = f->cols / V;
     memset(arranged, 0, p->m * p->width * sizeof *arranged);
     memset(groups, 0, p->m * p->group_width * sizeof *groups);
-    for (size_t t = 0; t < p->m; t++, arranged += p->width, groups += p->group_width) {
-        for (size_t g = 0; g < group_count; g++) {
+    float unit[32] = {1};
+    for (size_t k = 0; k < V && f->kind == AFFINE; k++) unit[k] = field_unit(f->bits, (int)k);
+    for (size_t t = 0; t < p->m; t++) {
+        const struct place at = place_of(p, t);
+        float *to = arranged + at.first;
+        for (size_t block = 0; block < lanes; block += LANES) {
+            const size_t here = lanes - block < LANES ? lanes - block : LANES;
+            for (size_t k = 0; k < V; k++, to += at.step)
+                for (size_t lane = 0; lane < here; lane++) to[lane] = x[(block + lane) * V + k] * unit[k];
+        }
+        for (size_t g = 0; g * f->group < f->cols && f->kind == AFFINE; g++) {
             vf sum = vf_set(0);
             for (size_t c = 0; c < f->group; c += LANES) sum += vf_load(x + g * f->group + c);
-            groups[g] = vf_sum(sum);
+            groups[at.first_group + g / LANES * at.step + g % LANES] = vf_sum(sum);
         }
-        for (size_t lane = 0; lane < lanes; lane++, x += V)
-            for (size_t k = 0; k < V; k++)
-                arranged[(lane / LANES * V + k) * LANES + lane % LANES] = x[k] * unit[k];
+        x += f->cols;
     }
 }
 
 static void collect(const struct operand *p, const float *acc, const float *acc_groups, float *out) {
     const struct format *f = &p->format;
-    if (f->kind != AFFINE) {
-        for (size_t c = 0; c < f->cols; c++) out[c] += acc[c];
-        return;
+    const size_t V = f->kind == AFFINE ? LANE_VALUES(f->bits) : 1, lanes = f->cols / V;
+    float unit[32] = {1};
+    for (size_t k = 0; k < V && f->kind == AFFINE; k++) unit[k] = field_unit(f->bits, (int)k);
+    for (size_t t = 0; t < p->m; t++) {
+        const struct place at = place_of(p, t);
+        const float *from = acc + at.first;
+        for (size_t block = 0; block < lanes; block += LANES) {
+            const size_t here = lanes - block < LANES ? lanes - block : LANES;
+            for (size_t k = 0; k < V; k++, from += at.step)
+                for (size_t lane = 0; lane < here; lane++) out[(block + lane) * V + k] += from[lane] * unit[k];
+        }
+        for (size_t g = 0; g * f->group < f->cols && f->kind == AFFINE; g++) {
+            const float bias = acc_groups[at.first_group + g / LANES * at.step + g % LANES];
+            for (size_t c = 0; c < f->group; c++) out[g * f->group + c] += bias;
+        }
+        out += f->cols;
     }
-    const size_t V = LANE_VALUES(f->bits), lanes = f->cols / V, lanes_per_group = f->group / V;
-    for (size_t lane = 0; lane < lanes; lane++)
-        for (size_t k = 0; k < V; k++)
-            *out++ += acc[(lane / LANES * V + k) * LANES + lane % LANES] * field_unit(f->bits, (int)k) +
-                      acc_groups[lane / lanes_per_group];
 }
 
 static uint32_t sweep(const uint8_t *p, size_t size) {

@@ -4,7 +4,6 @@
 #include "simd.h"
 
 #define LANES 4
-#define REGISTERS 32
 typedef float32x4_t vf;
 typedef uint32x4_t vu;
 
@@ -23,7 +22,7 @@ INLINE vf vf_pick(vf v, vu index) {
     return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(v), vreinterpretq_u8_u32(bytes)));
 }
 
-INLINE vu vu_lane_groups(int shift) { return (vu){0, 1, 2, 3} >> shift; }
+INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3}; }
 INLINE vu vu_load(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
 INLINE vu vu_load3(const uint8_t *p) {
     static const uint8_t lanes[16] = {0, 1, 2, 255, 3, 4, 5, 255, 6, 7, 8, 255, 9, 10, 11, 255};

@@ -4,7 +4,6 @@
 #include "simd.h"
 
 #define LANES 4
-#define REGISTERS 16
 typedef float vf __attribute__((vector_size(16)));
 typedef uint32_t vu __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
@@ -35,7 +34,7 @@ INLINE vf vf_pick(vf v, vu i) { return (vf){v[i[0] & 3], v[i[1] & 3], v[i[2] & 3
 
 INLINE uint32_t three_bytes(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16; }
 
-INLINE vu vu_lane_groups(int shift) { return (vu){0, 1, 2, 3} >> (uint32_t)shift; }
+INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3}; }
 INLINE vu vu_load(const uint8_t *p) {
     vu v;
     memcpy(&v, p, sizeof v);

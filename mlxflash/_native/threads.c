@@ -15,9 +15,13 @@
 #include <sys/sysctl.h>
 #endif
 
-/* Calls follow each other within microseconds inside a layer, and then a disk read may last milliseconds:
-   a thread that finds no work looks again for this long, then sleeps. */
-enum { SPIN_NANOSECONDS = 10000 };
+enum {
+    /* Calls follow each other within microseconds inside a layer, and then a disk read may last milliseconds:
+       a thread that finds no work looks again for about as long as waking it takes, then sleeps. */
+    SPIN_NANOSECONDS = 20000,
+    /* For less than this the caller is done before a sleeping thread could help. */
+    BYTES_WORTH_WAKING = 2 << 20,
+};
 
 static pthread_mutex_t calls = PTHREAD_MUTEX_INITIALIZER; /* one job at a time */
 static pthread_mutex_t sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -160,10 +164,11 @@ void threads_set_count(int count) {
     threads_unlock();
 }
 
-void threads_run(task function, void *context, size_t parts) {
+void threads_run(task function, void *context, size_t parts, size_t bytes) {
     static uint64_t number;
     const size_t helpers = (size_t)threads_count() - 1;
-    if (helpers == 0 || parts < 2 || parts > UINT32_MAX) {
+    const bool all_sleep = (size_t)atomic_load(&sleepers) == (size_t)started;
+    if (helpers == 0 || parts < 2 || parts > UINT32_MAX || (all_sleep && bytes < BYTES_WORTH_WAKING)) {
         for (size_t i = 0; i < parts; i++) function(context, i);
         return;
     }

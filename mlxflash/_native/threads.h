@@ -16,7 +16,7 @@ int threads_count(void);
 void threads_set_count(int count); /* takes the lock itself */
 
 /* Runs job(context, 0..parts-1), each part once, in any order and on any thread; returns when all are done.
-   The caller holds the lock. */
-void threads_run(task job, void *context, size_t parts);
+   `bytes` is about how much memory that goes through. The caller holds the lock. */
+void threads_run(task job, void *context, size_t parts, size_t bytes);
 
 #endif
