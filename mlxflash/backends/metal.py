@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxflash.backends import FFN, Matrix
 from mlxflash.bundle import ITEM_BYTES, Manifest
-from mlxflash.pool import Landing, PartRows, RecordRows, Source, Staging
+from mlxflash.pool import Landing, PartRows, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
 
 PAGE = 16384
@@ -134,7 +134,8 @@ class MLXRows:
         if self._alias:
             self._arrays[name], view = shared_array(shape, dtype)
         else:
-            view = memoryview(bytearray(int(np.prod(shape, dtype=np.int64)) * dtype.size))
+            num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.size
+            view = host_memory(num_bytes)[:num_bytes]  # on a page, which direct reads want
             self._host[name] = view, dtype, shape[1:]
         return view
 
