@@ -76,6 +76,7 @@ class Ticket:
     def __init__(self, dead: np.ndarray):
         self.landings: list[Landing] = []
         self.slots: list[np.ndarray] = []
+        self.lost: list[np.ndarray] = []  # slots of landings that failed
         self.dead = dead
         self.left = np.empty(0, np.int64)
 
@@ -138,7 +139,8 @@ class Window:
 
     def hold(self, ids: np.ndarray) -> None:
         """Bring `ids` to stay, outside any token: the resident share of a layer that is streamed whole."""
-        ticket = Ticket(np.empty(0, np.int64))
+        self.drain()
+        ticket = self._pending = Ticket(np.empty(0, np.int64))
         self._land(ticket, ids, self.num_rows + np.arange(len(ids)))
         self._finish(ticket)
 
@@ -217,7 +219,7 @@ class Window:
             victims = self._ring.victims(self.num_rows, len(missing) - len(tail), self._token)
             victims = np.setdiff1d(victims, over)[: len(missing) - len(places)]
             places = np.concatenate((places, victims))
-        ticket.left = np.concatenate((ticket.left, missing[len(places) :]))
+        ticket.left = np.union1d(ticket.left, missing[len(places) :])
         self._land(ticket, missing[: len(places)], places)
 
     def _land(self, ticket: Ticket, ids: np.ndarray, slots: np.ndarray) -> None:
@@ -240,20 +242,19 @@ class Window:
         """Wait for every landing, then report the first error; rows of failed landings are deleted."""
         self._pending = None
         error: OSError | None = None
-        lost: list[np.ndarray] = []
         while ticket.landings:
             try:
                 ticket.landings[0].wait()
             except OSError as failure:
                 error = error or failure
-                lost.append(ticket.slots[0])
+                ticket.lost.append(ticket.slots[0])
             except BaseException:
                 self._pending = ticket  # interrupted while waiting: the reads go on, `drain` sees to them
                 raise
             ticket.landings.pop(0)
             ticket.slots.pop(0)
-        lost.extend(ticket.slots)
-        ticket.slots = []
+        lost = ticket.lost + ticket.slots
+        ticket.lost, ticket.slots = [], []
         if lost:
             self._delete(np.union1d(np.concatenate(lost), ticket.dead))
             ticket.dead = ticket.dead[:0]

@@ -38,6 +38,7 @@ STORED = {  # name: dtype, bits
 }
 SMALL = Shape()
 ALIGNED = Shape(d_model=512, ffn=96, heads=8)  # records of 4096 bytes, where the others' are packed
+ODD = Shape(d_model=96, ffn=203, heads=3)
 SOME = ("native", "parts-alias", "records-copy")  # of the backends: every kind of memory once
 
 
@@ -179,6 +180,17 @@ def test_every_kind_of_opt(library, shape, backend, predictor):
     with load(path, backend, "least", predictor) as model:
         assert min(assert_exact(model, path, prompt_of(12, shape))) > 0
         assert_greedy(model, path, prompt_of(5, shape))
+
+
+@pytest.mark.parametrize("budget", ["part", "least"])
+@pytest.mark.parametrize("stored", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("backend", SOME)
+def test_widths_that_fill_no_vector_and_records_with_padding(library, backend, stored, budget):
+    path = bundle_of(library, stored, ODD)
+    with load(path, backend, budget) as model:
+        record = model.flash.bundle.manifest.record
+        assert (record.stride > record.num_bytes) == (stored != "f16")
+        assert_exact(model, path, prompt_of(12, seed=12))
 
 
 @pytest.mark.parametrize("stored", ["bf16", "q8"])

@@ -1,0 +1,414 @@
+"""The window's laws: what its maps claim is what its memory holds, whatever is asked of it and whatever fails.
+
+A fake memory holds unit ids. It forgets a row when a read towards it starts, shows the unit when the read ends, and
+refuses to be touched while a computation still reads it. A plain model beside it knows each unit's last use. Random
+requests, corrections, prompts, failures and interruptions must leave, after every step:
+
+    maps that are inverse and dense (`check`), and in every live row the unit that the maps name;
+    hits and misses counted as the units were held or not;
+    every unit of the token in a row, or left for another turn; all turns together bring every unit exactly once;
+    victims that are the longest unused, none of them the token's own; none at all while there is room;
+    with a span, no unit held that the last `span` tokens did not use;
+    after a failure nothing in flight, and no unit held whose bytes did not arrive.
+
+Below it the same promise for the real memories: what lies in rows that are not live never reaches a result.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from build import BACKENDS, Shape, load, prompt_of
+
+mx = pytest.importorskip("mlx.core")
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+
+from mlxflash.window import Window  # noqa: E402
+
+GARBAGE = -7
+
+
+class Interrupted(BaseException):
+    """As a KeyboardInterrupt, which pytest would take for its own."""
+
+
+class FakeRows:
+    """Memory of unit ids; `failing` says what becomes of each landing: None, "start", "end" or "interrupt"."""
+
+    def __init__(self, capacity, failing=lambda: None):
+        self.capacity = capacity
+        self.memory = np.full(capacity, GARBAGE)
+        self.flying = np.zeros(capacity, bool)
+        self.read = False  # a computation on the rows is not finished
+        self.failing = failing
+        self.settled = 0
+
+    def settle(self, discard=False):
+        self.settled += self.read
+        self.read = False
+
+    def land(self, reader, source, units, slots):
+        assert len(units) == len(slots) == len(np.unique(slots)) == len(np.unique(units)) > 0
+        assert (np.diff(units) > 0).all()
+        self._free(slots)
+        fate = self.failing()
+        if fate == "start":
+            raise OSError(5, "cannot start")
+        self.memory[slots] = GARBAGE
+        self.flying[slots] = True
+        return FakeLanding(self, units.copy(), slots.copy(), fate)
+
+    def move(self, sources, slots):
+        assert not np.isin(sources, slots).any()
+        self._free(np.concatenate((sources, slots)))
+        self.memory[slots] = self.memory[sources]
+        self.memory[sources] = GARBAGE
+
+    def take(self, slots, other, sources):
+        assert len(np.unique(slots)) == len(slots) == len(sources)
+        self._free(slots)
+        self.memory[slots] = other.memory[sources]
+
+    def _free(self, slots):
+        assert not self.read, "a row is changed that a computation may still read"
+        assert not self.flying[slots].any(), "a row is changed while bytes arrive in it"
+
+
+class FakeLanding:
+    def __init__(self, rows, units, slots, fate):
+        self._rows, self._units, self._slots, self._fate = rows, units, slots, fate
+
+    def wait(self):
+        if self._fate == "interrupt":
+            self._fate = None
+            raise Interrupted
+        self._rows.flying[self._slots] = False
+        half = len(self._units) // 2 if self._fate else len(self._units)
+        self._rows.memory[self._slots[:half]] = self._units[:half]
+        if self._fate:
+            raise OSError(5, "cannot end")
+
+
+class World:
+    """A window on fake memory and the plain model of what it may hold."""
+
+    def __init__(self, seed, span=None, failures=0.0, admit=True):
+        self.rng = np.random.default_rng(seed)
+        self.units = int(self.rng.integers(5, 60))
+        self.rows = FakeRows(int(self.rng.integers(1, self.units + 1)), self.fate)
+        self.window = Window(self.units, self.rows, None, None, span)
+        self.span, self.failures = span, failures
+        self.last = {}  # unit: the token that used it last
+        self.token = 0
+        self.seen = set()  # what happened at all
+
+    def fate(self):
+        if self.rng.random() >= self.failures:
+            return None
+        return self.rng.choice(["start", "end", "interrupt"], p=[0.2, 0.6, 0.2])
+
+    def held(self):
+        return set(self.window.unit_at[: self.window.num_rows].tolist())
+
+    def assert_sound(self, flying=False):
+        window = self.window
+        window.check()
+        if not flying:
+            assert not self.rows.flying.any()
+            assert self.rows.memory[: window.num_rows].tolist() == window.unit_at[: window.num_rows].tolist()
+
+    def some_units(self):
+        """Ids as predictors give them: near the previous token's, sometimes none, sometimes all."""
+        count = int(self.rng.integers(0, self.units + 1) * self.rng.choice([0.1, 0.3, 1.0]))
+        if self.rng.random() < 0.5:
+            recent = sorted(self.last, key=self.last.get)[-count:]
+            return np.unique(np.array(recent, np.int64))
+        return np.sort(self.rng.choice(self.units, count, replace=False))
+
+    def use(self, ids):
+        for unit in ids.tolist():
+            self.last[unit] = self.token
+
+    def assert_counted(self, counted, ids, held):
+        """Hits and misses since `counted` are what ids found in `held`; returns the counts now."""
+        now = self.window.num_hits, self.window.num_misses
+        hits = len(held & set(ids.tolist()))
+        assert (now[0] - counted[0], now[1] - counted[1]) == (hits, len(ids) - hits)
+        return now
+
+    def assert_victims(self, before, after, ids, first):
+        """From `before` to `after` only the longest unused left, none of the `first` known ids, none without need.
+
+        What a correction names may have been given up before it was named.
+        """
+        assert not (before - after) & set(first.tolist())
+        ids = set(ids.tolist())
+        gone = before - after - ids
+        kept = (before & after) - ids
+        if gone and kept:
+            assert max(self.last[u] for u in gone) <= min(self.last[u] for u in kept)
+        young = {u for u in before if self.span is None or self.last[u] > self.token - self.span}
+        assert len(after) == min(self.rows.capacity, len(young | ids))
+        self.seen |= {"victims"} if young - after else {"room"}
+        if self.span is not None:
+            assert all(self.last[u] > self.token - self.span for u in after)
+            self.seen |= {"dropped"} if before - young - after - ids else set()
+
+    def decode(self):
+        """One token: request, perhaps a correction, all its turns."""
+        window = self.window
+        lossy = self.failures and self.rng.random() < 0.5  # an abandoned ticket may lose units only now
+        if self.failures and not lossy:
+            window.drain()
+        before, counted = self.held(), (window.num_hits, window.num_misses)
+        ids = first = self.some_units()
+        self.token += 1
+        self.use(ids)
+        ticket = window.request(ids)
+        if not lossy:
+            counted = self.assert_counted(counted, ids, before)
+        self.assert_sound(flying=True)
+        if self.rng.random() < 0.2:
+            self.seen.add("abandoned")
+            return
+        more = None
+        if self.rng.random() < 0.4:
+            more = np.setdiff1d(self.some_units(), ids) if self.rng.random() < 0.5 else self.some_units()
+            held = self.held()
+            ids = np.union1d(ids, more)
+            self.use(more)
+        n = window.ready(ticket, more)
+        if more is not None:
+            self.seen.add("corrected")
+        if more is not None and not lossy:
+            self.assert_counted(counted, more, held)
+        assert n == window.num_rows
+        self.assert_sound()
+        after = self.held()
+        if not lossy:
+            self.assert_victims(before, after, ids, first)
+        turns = [u for u in after if u in ids]
+        assert set(turns) | set(ticket.left.tolist()) == set(ids.tolist())
+        self.compute()
+        while len(ticket.left):
+            self.seen.add("turns")
+            assert window.next(ticket) == window.num_rows > 0
+            self.assert_sound()
+            turns += self.held()
+            self.compute()
+        assert sorted(turns) == ids.tolist()
+
+    def compute(self):
+        self.rows.read = self.rng.random() < 0.7
+
+    def prompt(self):
+        """A prompt streams by: rows held are touched, others admitted from a block."""
+        window = self.window
+        count = int(self.rng.integers(1, 9))
+        first = window.advance(count)
+        assert first == self.token + 1
+        self.token += count
+        before = self.held()
+        slots = np.flatnonzero(self.rng.random(window.num_rows) < 0.5)
+        ages = self.rng.integers(first, self.token + 1, len(slots))
+        window.touch(slots, ages)
+        self.last |= dict(zip(window.unit_at[slots].tolist(), ages.tolist(), strict=True))
+        streamed = self.rng.permutation([u for u in range(self.units) if u not in before]).astype(np.int64)
+        streamed = np.sort(streamed[: int(self.rng.integers(0, len(streamed) + 1))])
+        block = FakeRows(len(streamed))
+        block.memory[:] = streamed
+        some = np.flatnonzero(self.rng.random(len(streamed)) < 0.7)
+        ids, ages = streamed[some], self.rng.integers(first, self.token + 1, len(some))
+        self.compute()
+        window.admit(ids, ages, block, some)
+        coming = dict(zip(ids.tolist(), ages.tolist(), strict=True))
+        self.assert_sound()
+        after = self.held()
+        assert after <= before | set(coming)
+        last = self.last | coming
+        youngest = sorted((last[u] for u in before | set(coming)), reverse=True)[: self.rows.capacity]
+        assert sorted((last[u] for u in after), reverse=True) == youngest
+        for unit in after & set(coming):
+            self.last[unit] = coming[unit]
+        self.seen |= {"admitted"} if after & set(coming) else set()
+        self.seen |= {"refused"} if set(coming) - after else set()
+
+    def clear(self):
+        self.compute()
+        self.window.clear(discard=bool(self.rng.random() < 0.5))
+        assert self.window.num_rows == 0
+        self.assert_sound()
+
+    def drain(self):
+        self.window.drain()
+        self.assert_sound()
+
+    def come_to_rest(self):
+        while self.window._pending is not None:
+            with contextlib.suppress(Interrupted):
+                self.window.drain()
+        self.assert_sound()
+
+    def step(self):
+        """Anything; a failure may surface, and then what is held must be true."""
+        action = self.rng.choice(["decode", "prompt", "clear", "drain"], p=[0.8, 0.12, 0.03, 0.05])
+        last = self.last.copy()
+        try:
+            getattr(self, action)()
+            return
+        except OSError as error:
+            self.seen.add(error.strerror)
+            if error.strerror == "cannot start":
+                self.come_to_rest()
+        except Interrupted:
+            self.seen.add("interrupt")
+            self.window.check()
+            self.come_to_rest()
+        self.assert_sound()
+        if self.window._token < self.token:  # it was the last ticket's rest that was cut off
+            self.token, self.last = self.window._token, last
+
+
+@pytest.mark.parametrize("span", [None, 1, 2, 5, 8])
+def test_any_sequence(span):
+    seen = set()
+    for seed in range(60):
+        world = World(seed, span)
+        for _ in range(40):
+            world.step()
+        seen |= world.seen
+    wanted = {"victims", "room", "abandoned", "corrected", "turns", "admitted", "refused"}
+    assert seen == wanted | ({"dropped"} if span else set())
+
+
+@pytest.mark.parametrize("span", [None, 3])
+def test_any_sequence_with_failures(span):
+    seen = set()
+    for seed in range(50):
+        world = World(seed, span, failures=0.2)
+        for _ in range(40):
+            world.step()
+        seen |= world.seen
+        world.come_to_rest()
+        world.failures = 0.0
+        for _ in range(5):  # and it works again
+            world.decode()
+    assert {"cannot start", "cannot end", "interrupt", "victims", "turns", "admitted"} <= seen
+
+
+def test_computations_are_settled_before_rows_change():
+    world = World(1)
+    for _ in range(100):
+        world.step()
+    assert world.rows.settled > 10
+
+
+@pytest.mark.parametrize("fate", [None, "start", "end", "interrupt"])
+def test_held_from_the_start(fate):
+    fates = iter([None, fate])
+    rows = FakeRows(20, lambda: next(fates, None))
+    window = Window(30, rows, None, None)
+    window.hold(np.arange(3, 10))
+    if fate is None:
+        window.hold(np.arange(12, 15))
+    else:
+        with pytest.raises(Interrupted if fate == "interrupt" else OSError):
+            window.hold(np.arange(12, 15))
+        window.drain()
+    window.check()
+    live = window.unit_at[: window.num_rows]
+    arrived = fate in (None, "interrupt")
+    assert live.tolist() == [*range(3, 10), *(range(12, 15) if arrived else ())]
+    assert rows.memory[: len(live)].tolist() == live.tolist()
+
+
+def memory_of(rows):
+    """Bytes of a real memory, [slots, bytes] per array: its parts or records, and what is resident per unit."""
+    inner = rows._memory
+    views = [inner.memory] if hasattr(inner, "memory") else [view for _, view in inner._parts]
+    raw = [np.frombuffer(view, np.uint8).reshape(rows.capacity, -1) for view in views]
+    return raw + [array.view(np.uint8).reshape(rows.capacity, -1) for array in rows._resident.values()]
+
+
+def spoil(rows, live, how, row=0):
+    """Fill every row from `live` on with NaN, or with copies of row `row`."""
+    for raw in memory_of(rows):
+        raw[live:] = 0xFF if how == "nan" else raw[row].copy()
+
+
+def numbers(array):
+    return np.array(array.astype(mx.float32))
+
+
+@pytest.mark.parametrize("how", ["nan", "duplicates"])
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", None), ("float16", None), ("bfloat16", None), ("float16", 4)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stale_rows_do_not_matter(library, backend, dtype, bits, how):
+    path = library.bundle(Shape(dtype=dtype), bits)
+    with load(path, backend, "part") as model:
+        layer = model.flash.layers[1]
+        kind = model.flash.backend.activation_dtype(model.flash.bundle.manifest)
+        x = mx.random.normal((3, 64), key=mx.random.key(0)).astype(kind)
+        layer.window.hold(np.arange(20, 120))
+        _, active = layer.rows.ffn(x, 100, watch=3)
+        strong = int(active[0].argmax())
+        assert active[0, strong]
+        for n, tokens in ((100, 3), (100, 1), (37, 1), (1, 2), (0, 1)):
+            clean, active = layer.rows.ffn(x[:tokens], n, watch=1)
+            clean = numbers(clean)
+            assert n < 30 or np.abs(clean).max() > 0.1
+            held = [raw.copy() for raw in memory_of(layer.rows)]
+            layer.rows.settle()
+            spoil(layer.rows, n, how, strong)
+            again, active_again = layer.rows.ffn(x[:tokens], n, watch=1)
+            np.testing.assert_array_equal(numbers(again), clean)
+            np.testing.assert_array_equal(active_again, active)
+            for raw, old in zip(memory_of(layer.rows), held, strict=True):
+                raw[:] = old
+        clean = numbers(layer.rows.ffn(x, 99)[0])
+        spoil(layer.rows, 99, "duplicates", strong)  # and a live row does matter
+        assert not np.array_equal(numbers(layer.rows.ffn(x, 100)[0]), clean)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_left_out_do_not_matter(library, backend):
+    with load(library.bundle(), backend, "part") as model:
+        layer = model.flash.layers[0]
+        x = mx.random.normal((3, 64), key=mx.random.key(0))
+        layer.window.hold(np.arange(100))
+        keep = np.arange(100) % 3 != 0
+        want = np.array(layer.rows.ffn(x, 100, keep)[0])
+        everything = np.array(layer.rows.ffn(x, 100)[0])
+        assert np.abs(want - everything).max() > 0.1
+        layer.rows.settle()
+        for raw in memory_of(layer.rows):
+            raw[:100][~keep] = raw[1]
+        np.testing.assert_array_equal(np.array(layer.rows.ffn(x, 100, keep)[0]), want)
+
+
+@pytest.mark.parametrize("how", ["nan", "duplicates"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stale_rows_do_not_matter_while_decoding(library, backend, how):
+    """Every token finds all memory that is not live spoilt, the streaming blocks included."""
+
+    def logits(before_token):
+        with load(library.bundle(), backend, "part", window=2) as model:
+            cache, out = make_prompt_cache(model), []
+            prompt = prompt_of(30)
+            model(mx.array([prompt[:10]]), cache=cache)
+            for token in prompt[10:]:
+                before_token(model)
+                out.append(np.array(model(mx.array([[token]]), cache=cache)))
+            return out
+
+    def spoil_all(model):
+        mx.eval(model.parameters())
+        for layer in model.flash.layers:
+            layer.rows.settle()
+            assert layer.window.num_rows < layer.rows.capacity
+            spoil(layer.rows, layer.window.num_rows, how)
+            for block in layer.blocks.pair:
+                spoil(block, 0, how)
+
+    np.testing.assert_array_equal(logits(spoil_all), logits(lambda model: None))
