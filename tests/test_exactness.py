@@ -18,14 +18,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from reference import stored_model
 
 from build import BACKENDS, BOS, POST_NORM, UNTIED, Shape, load, prompt_of
+from reference import stored_model
 
 mx = pytest.importorskip("mlx.core")
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.tokenizer_utils import load as load_tokenizer  # noqa: E402
-
 from mlxflash.generate import stream_generate  # noqa: E402
 
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}  # of the range of the reference's logits
