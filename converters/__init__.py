@@ -18,9 +18,10 @@ from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
 
 from mlxflash.bundle import Bundle, BundleError, Layer, LayerWriter, Manifest, Part, Record, make_record, write_manifest
 from mlxflash.bundle import file_bytes as layer_file_bytes
-from mlxflash.predictor import low_bit_matrix, save_low_bit
+from mlxflash.predictor import low_bit_matrix, save_arrays, save_low_bit
 
 LAYOUTS: dict[str, Any] = {"plain": plain}
+GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 SHARD_BYTES = 256 << 20  # resident weights are written in shards, so that no more than one is in memory
 BLOCK_BYTES = 64 << 20  # of records assembled at a time
@@ -96,6 +97,8 @@ class _Job:
         self.partial = target.with_name(target.name + ".partial")
         up = checkpoint.shapes[f"{checkpoint.ffn_path(0)}.{checkpoint.family.parts['up']}.weight"]
         self.d_model = up[1]
+        if bits and group_size not in GROUP_SIZES:
+            raise ValueError(f"groups of {group_size}: {', '.join(map(str, GROUP_SIZES))} are there")
         if bits and self.d_model % group_size:
             raise ValueError(f"-q {bits}: groups of {group_size} do not divide a model width of {self.d_model}")
         self.predictor = predictor and self.d_model % 32 == 0
@@ -209,10 +212,7 @@ class _Job:
         def flush() -> None:
             nonlocal count
             if shard:
-                file = self.partial / f"resident-{count:05d}.safetensors"
-                mx.save_safetensors(str(file), shard)
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
+                save_arrays(self.partial / f"resident-{count:05d}.safetensors", shard)
                 shard.clear()
                 count += 1
 

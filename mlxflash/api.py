@@ -38,6 +38,8 @@ def load(
 
 def load_tokenizer(bundle: Path) -> TokenizerWrapper:
     """mlx-lm's tokenizer of a bundle. Raises BundleError when its files are missing or damaged."""
+    if not any(file for pattern in ("tokenizer.json", "*.model", "vocab*") for file in bundle.glob(pattern)):
+        raise BundleError(f"{bundle}: the tokenizer's files are missing; convert again")  # or an empty one would load
     try:
         return load_tokenizer_files(bundle)
     except Exception as error:

@@ -22,6 +22,7 @@ from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, save_low_b
 
 DEMAND_TOKENS = 5  # a layer's demand is the union of this many tokens' flagged units, the paper's window
 OWN_SEQUENCES = 8
+LEAST_TOKENS = 16
 Progress = Callable[[str, int, int], None]
 
 
@@ -57,6 +58,8 @@ def calibrate(
     """
     if "low-bit" not in bundle.predictors():
         raise BundleError(f"{bundle.path}: has no low-bit predictor to calibrate; convert again")
+    if tokens is not None:
+        check_length(tokens)
     source = "text" if tokens is not None else "the model's own text"
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
         sequences = _sequences(model, tokens, num_tokens, progress)
@@ -106,14 +109,18 @@ def calibrate(
     return Bundle.open(bundle.path)
 
 
+def check_length(tokens: np.ndarray) -> None:
+    """Raises ValueError for a text too short to measure on."""
+    if len(tokens) < LEAST_TOKENS:
+        raise ValueError(f"a calibration text of {len(tokens)} tokens is too short: give at least {LEAST_TOKENS}")
+
+
 def _sequences(model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress) -> list[np.ndarray]:
     longest = min(512, max_positions(model.flash.bundle.config()), model.flash.plan.context)
     if tokens is None:
         return _own_text(model, min(max(2, num_tokens // OWN_SEQUENCES), longest), progress)
     length = min(longest, max(2, min(num_tokens, len(tokens)) // 2))
     tokens = tokens[:num_tokens]
-    if len(tokens) < 16:
-        raise ValueError(f"calibration text of {len(tokens)} tokens is too short: give hundreds, at least 16")
     return [tokens[i : i + length] for i in range(0, len(tokens) - 1, length) if len(tokens) - i > 1]
 
 

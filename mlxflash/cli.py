@@ -136,6 +136,8 @@ def run_generate(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-tokens {args.max_tokens}: at least 1")
     if args.max_kv_size is not None and args.max_kv_size < 8:
         raise ValueError(f"--max-kv-size {args.max_kv_size}: at least 8")
+    if args.seed is not None and not 0 <= args.seed < 1 << 64:
+        raise ValueError(f"--seed {args.seed}: between 0 and 2^64 - 1")
     if not (args.temp >= 0 and 0 <= args.top_p <= 1 and 0 <= args.min_p <= 1 and args.top_k >= 0):
         raise ValueError("--temp and --top-k are at least 0, --top-p and --min-p between 0 and 1")
     import mlx.core as mx
@@ -144,9 +146,10 @@ def run_generate(args: argparse.Namespace) -> None:
     from mlxflash.api import load_tokenizer
     from mlxflash.decode import stream_generate
     from mlxflash.model import load_bundle
-    from mlxflash.models import max_positions
+    from mlxflash.models import family_of, max_positions
 
     opened = Bundle.open(bundle)
+    family_of(opened.config(), str(bundle))
     tokenizer = load_tokenizer(bundle)
     tokens = _tokens(tokenizer, prompt, args)
     positions = max_positions(opened.config())
@@ -235,13 +238,17 @@ def _as_json(text: str, response: Any) -> dict[str, Any]:
 
 
 def run_convert(args: argparse.Namespace) -> None:
+    from mlxflash.calibrate import calibrate
     from mlxflash.converters import convert
     from mlxflash.hub import ALIASES, download
 
     start = time.perf_counter()
+    _check_tokens(args)
     source = Path(args.source)
     if not source.exists() and (args.source in ALIASES or (args.source.count("/") == 1 and args.source[0] not in "./")):
         source = download(ALIASES.get(args.source, args.source))
+    text = args.calibrate if args.calibrate not in ("auto", "self", "none") else None
+    tokens = None if text is None or not source.is_dir() else _read_text(text, source, args.tokens)
     with Progress() as progress:
         bundle = convert(
             source, args.target, dtype=args.dtype, bits=args.bits, group_size=args.group_size, progress=progress
@@ -249,33 +256,45 @@ def run_convert(args: argparse.Namespace) -> None:
         if args.calibrate == "auto":
             args.calibrate = "self" if bundle.resident_bytes() < 1e9 else "none"
         if args.calibrate != "none" and "low-bit" in bundle.predictors():
-            _calibrate(bundle, None if args.calibrate == "self" else args.calibrate, args.tokens, None, None, progress)
+            calibrate(bundle, tokens, num_tokens=args.tokens, progress=progress)
     say(f"{args.target}: made in {time.perf_counter() - start:.1f} s")
     print(describe(Bundle.open(args.target)))
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
+    from mlxflash.calibrate import calibrate
+
+    _check_tokens(args)
+    bundle = Bundle.open(args.bundle)
+    tokens = None if args.text is None else _read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
-        bundle = _calibrate(Bundle.open(args.bundle), args.text, args.tokens, args.memory, args.device, progress)
+        bundle = calibrate(
+            bundle, tokens, num_tokens=args.tokens, memory=args.memory, device=args.device, progress=progress
+        )
     print(describe(bundle))
 
 
-def _calibrate(
-    bundle: Bundle, text: str | None, num_tokens: int, memory: str | None, device: str | None, progress: Any
-) -> Bundle:
+def _check_tokens(args: argparse.Namespace) -> None:
+    from mlxflash.calibrate import LEAST_TOKENS
+
+    if args.tokens < LEAST_TOKENS:
+        raise ValueError(f"--tokens {args.tokens}: at least {LEAST_TOKENS}")
+
+
+def _read_text(file: str, model: Path, num_tokens: int) -> Any:
+    """The first tokens of a text, int64 [n], by the tokenizer of a bundle or checkpoint."""
     import numpy as np
 
     from mlxflash.api import load_tokenizer
-    from mlxflash.calibrate import calibrate
+    from mlxflash.calibrate import check_length
 
-    tokens = None
-    if text is not None:
-        try:
-            words = Path(text).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{text}: not UTF-8 text") from None
-        tokens = np.array(load_tokenizer(bundle.path).encode(words[: 16 * num_tokens]), np.int64)
-    return calibrate(bundle, tokens, num_tokens=num_tokens, memory=memory, device=device, progress=progress)
+    try:
+        words = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8 text") from None
+    tokens = np.array(load_tokenizer(model).encode(words[: 16 * num_tokens])[:num_tokens], np.int64)
+    check_length(tokens)
+    return tokens
 
 
 def run_info(args: argparse.Namespace) -> None:

@@ -88,7 +88,9 @@ def _converted(
         return target
     from mlxflash.calibrate import calibrate
     from mlxflash.converters import convert
+    from mlxflash.converters.checkpoint import Checkpoint
 
+    Checkpoint(checkpoint)  # what cannot be converted is refused before anything is said or made
     target.parent.mkdir(parents=True, exist_ok=True)
     say(f"converting {label} into {target} (once)")
     bundle = convert(checkpoint, target, dtype=dtype, bits=bits, progress=progress)

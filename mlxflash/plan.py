@@ -254,6 +254,6 @@ def available_memory() -> int:
 
 
 def _round_up(count: int) -> int:
-    """To three digits, so that the size named in a message works when typed back."""
-    step = 10 ** max(0, len(str(count)) - 3)
+    """To what `format_bytes` shows, so that the size named in a message works when typed back."""
+    step = 1 if count < 1000 else 100 if count < 10**6 else 10**5 if count < 10**9 else 10**7
     return -(-count // step) * step

@@ -5,9 +5,10 @@ FFN streams. `oracle` knows the truly active units from full weights (a law and 
 `low-bit` estimates the deciding product from a copy of its matrix in a few bits; training-free.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -112,9 +113,21 @@ def save_low_bit(file: Path, matrix: Matrix, shift: np.ndarray, error: np.ndarra
     arrays = {"weight": matrix.weight, "scales": matrix.scales, "biases": matrix.biases}
     arrays |= {"shift": mx.array(shift), "error": mx.array(error)}
     meta = {"bits": str(matrix.bits), "group_size": str(matrix.group_size)}
-    part = file.with_suffix(".part.safetensors")
-    mx.save_safetensors(str(part), arrays, meta)
-    part.replace(file)
+    save_arrays(file, arrays, meta)
+
+
+def save_arrays(file: Path, arrays: dict[str, mx.array], meta: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that is there whole or not at all. Raises OSError when the disk fails."""
+    part = file.with_suffix(".part")
+    try:
+        with open(part, "wb") as f:  # given a name, MLX reports a full disk without saying so
+            mx.save_safetensors(cast(Any, f), arrays, meta)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load_low_bit(file: Path, backend: Backend, ffn: FFN, layer: Layer, offset: np.ndarray, margin: float) -> Projection:

@@ -8,8 +8,9 @@ import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from reference import write_safetensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from reference import write_safetensors
 
 BOS = 2  # OPT's </s>, begin and end of text
 

@@ -20,6 +20,7 @@ class Family:
     parts: dict[str, str]
     activation_key: str  # of config.json
     activations: dict[str, str]  # config.json's word -> ours; any other is refused
+    units_key: str = "intermediate_size"
     positions_key: str = "max_position_embeddings"
     ffn_norm: str = ""  # attribute of a layer that norms the residual stream for the FFN
 
@@ -32,24 +33,42 @@ FAMILIES = {
         parts={"up": "fc1", "down": "fc2"},
         activation_key="activation_function",
         activations={"relu": "relu"},
+        units_key="ffn_dim",
         ffn_norm="final_layer_norm",
     ),
 }
 
 
-def family_of(config: dict[str, Any], where: str) -> tuple[Family, str]:
-    """The family of a checkpoint's config and its activation in our words; ValueError names what is not supported."""
+def family_of(config: Any, where: str) -> tuple[Family, str]:
+    """The family of a checkpoint's config and its activation in our words.
+
+    Raises ValueError when config.json is not that of a model, and names what is not supported.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: config.json is not a JSON object")
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
     word = config.get(family.activation_key)
-    if word not in family.activations:
+    if not isinstance(word, str) or word not in family.activations:
         raise ValueError(
             f"{where}: {family.activation_key} {word!r} is not supported for {kind}; "
             f"supported: {', '.join(sorted(family.activations))}"
         )
+    _check_numbers(config, family, where)
     return family, family.activations[word]
+
+
+def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    for key in (*keys, family.units_key, family.positions_key):
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise ValueError(f"{where}: {key} in config.json is {value!r}, not a positive number")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if not config.get("head_dim") and width % heads:
+        raise ValueError(f"{where}: num_attention_heads {heads} does not divide hidden_size {width} in config.json")
 
 
 def build_model(config: dict[str, Any], where: str, base: type | None = None) -> nn.Module:

@@ -1,0 +1,5 @@
+"""`python -m mlxflash`: the command line."""
+
+from mlxflash.cli import main
+
+main()
