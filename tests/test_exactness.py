@@ -25,7 +25,8 @@ from reference import stored_model
 mx = pytest.importorskip("mlx.core")
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.tokenizer_utils import load as load_tokenizer  # noqa: E402
-from mlxflash.generate import stream_generate  # noqa: E402
+
+from mlxflash.decode import stream_generate  # noqa: E402
 
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 5e-3, mx.bfloat16: 4e-2}  # of the range of the reference's logits
 STORED = {  # name: dtype, bits
@@ -115,7 +116,7 @@ def test_every_dtype_on_every_backend(library, backend, stored):
         assert min(assert_exact(model, path, prompt_of(20))) > 0
 
 
-@pytest.mark.parametrize("budget", ["whole", "part", "least"])
+@pytest.mark.parametrize("budget", ["whole", "room", "part", "least"])
 @pytest.mark.parametrize("predictor", ["all", "oracle"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_budget(library, backend, predictor, budget):
@@ -126,6 +127,9 @@ def test_every_budget(library, backend, predictor, budget):
         if budget == "whole":
             assert held == 1
             assert max(read) == 0
+        elif budget == "room":
+            assert held == 1
+            assert max(read) == 0 if predictor == "all" else sum(read[:5]) > 3 * sum(read[-5:])
         elif budget == "part":
             assert 0.4 < held < 0.8
             assert model.flash.held_share() > 0.35
@@ -136,6 +140,58 @@ def test_every_budget(library, backend, predictor, budget):
         else:
             assert held < 0.1
             assert min(read) > 0
+
+
+class Changed:
+    """A predictor whose ids are changed."""
+
+    nbytes = 0
+
+    def __init__(self, predictor, change):
+        self._predictor, self._change = predictor, change
+
+    def start(self, x):
+        ids = self._predictor.start(x)
+        return lambda: self._change(ids())
+
+
+class Late:
+    """A reader of which nothing arrives before somebody waits for it."""
+
+    def __init__(self, reader):
+        self._reader = reader
+
+    def __getattr__(self, name):
+        return getattr(self._reader, name)
+
+    def submit(self, *call):
+        return LateTicket(lambda: self._reader.submit(*call).wait())
+
+
+class LateTicket:
+    def __init__(self, read):
+        self.wait = read
+
+
+@pytest.mark.parametrize("guess", ["all", "poor", "wrong"])
+@pytest.mark.parametrize("budget", ["least", "part", "room"])
+@pytest.mark.parametrize("backend", SOME)
+def test_look_ahead(library, backend, budget, guess):
+    """Whatever an earlier layer asks for, and however late it arrives."""
+    path = library.bundle(UNTIED)
+    rng = np.random.default_rng(0)
+    with load(path, backend, budget, look_ahead=True) as model:
+        assert not model.flash.plan.whole
+        for layer in model.flash.layers:
+            layer.reader = layer.window._reader = Late(layer.reader)
+            if guess == "wrong" and layer.ahead:
+                layer.ahead = Changed(layer.ahead, lambda ids: np.flatnonzero(rng.random(UNTIED.ffn) < 0.3))
+            elif guess == "all":  # every unit, so that one that comes early may be the last that was missing
+                layer.ahead = layer.ahead and Changed(layer.ahead, lambda ids: np.arange(UNTIED.ffn))
+        assert [layer.ahead is not None for layer in model.flash.layers] == [True, True, False]
+        assert_exact(model, path, prompt_of(20, UNTIED, seed=13))
+        for length in (1, 20):
+            assert_greedy(model, path, prompt_of(length, UNTIED, seed=14))
 
 
 @pytest.mark.parametrize("stored", ["f16", "q4"])
@@ -261,7 +317,7 @@ def test_the_law_notices(library, stored):
     path = bundle_of(library, stored)
     with load(path) as model:
         for layer in model.flash.layers:
-            layer.predictor = lambda x, full=layer.predictor: np.delete(full(x), 3)
+            layer.predictor = Changed(layer.predictor, lambda ids: np.delete(ids, 3))
         with pytest.raises(AssertionError):
             assert_exact(model, path, prompt_of(20))
     with load(path, "parts-alias", "part") as model:
