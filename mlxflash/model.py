@@ -4,11 +4,13 @@ The model class comes from the family table, its FFNs are replaced by FlashFFN b
 else is resident. `model.flash` holds what the streaming needs and tells what it did.
 """
 
+import re
 import resource
 import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -189,6 +191,10 @@ def load_bundle(
     manifest = bundle.manifest
     if (manifest.layout, manifest.activation) != (family.layout, activation):
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
+    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], config["num_hidden_layers"]):
+        raise BundleError(
+            f"{where}: made of {bundle.num_layers} layers of width {manifest.d_model}, config.json says otherwise"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a window spans at least 1 token")
     own = None if predictor is None or isinstance(predictor, str) else list(predictor)
@@ -203,7 +209,7 @@ def load_bundle(
     elif predictor is None:
         predictor = "low-bit" if "low-bit" in bundle.predictors() else "all"
     backend = backend or make_backend(device)
-    ffn = FFN.of(manifest)
+    ffn = FFN.of(manifest, str(bundle.path / "manifest.json"))
     context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
     own_bytes = sum(p.nbytes for p in own) if own else 0
     sizes = _sizes(bundle, config, backend, ffn, str(predictor), own_bytes)
@@ -316,16 +322,22 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
 
 def _load_resident(bundle: Bundle, model: nn.Module, family: Any, backend: Backend) -> list[dict[str, np.ndarray]]:
     """Read resident weights into the model; return the per-unit and bias arrays of each layer's FFN, float32."""
+    biases = []
     for layer in model.layers:
+        ffn = getattr(layer, family.ffn)
+        biases.append({f"{part}_bias" for part, path in family.parts.items() if "bias" in attrgetter(path)(ffn)})
         setattr(layer, family.ffn, nn.Identity())
     dtype = backend.activation_dtype(bundle.manifest)
     weights: dict[str, mx.array] = {}
     parts: list[dict[str, np.ndarray]] = [{} for _ in range(bundle.num_layers)]
     for file in bundle.resident_files():
         for name, array in _load_arrays(file).items():
-            if name.startswith("ffn."):
-                _, index, part = name.split(".")
-                parts[int(index)][part] = np.array(array.astype(mx.float32))
+            if array.dtype not in (mx.float32, mx.float16, mx.bfloat16, mx.uint32):
+                raise BundleError(f"{file}: tensor {name!r} is of {array.dtype}; convert again")
+            if match := re.fullmatch(r"ffn\.([0-9]{1,6})\.(\w+)", name):
+                if int(match[1]) >= len(parts):
+                    raise BundleError(f"{file}: tensor {name!r} belongs to no layer; convert again")
+                parts[int(match[1])][match[2]] = np.array(array.astype(mx.float32))
             else:
                 weights[name] = array.astype(dtype) if _is_small(name, array) else array
                 mx.eval(weights[name])
@@ -340,12 +352,14 @@ def _load_resident(bundle: Bundle, model: nn.Module, family: Any, backend: Backe
     try:
         model.load_weights(list(weights.items()))
     except ValueError as error:
-        raise BundleError(f"{bundle.path}: resident weights do not fit the model ({error}); convert again") from None
+        said = " ".join(str(error).split())
+        raise BundleError(f"{bundle.path}: resident weights do not fit the model ({said}); convert again") from None
     model.eval()
+    per_unit = {p.name for p in bundle.manifest.record.parts if p.offset is None}
     for i, layer in enumerate(bundle.manifest.layers):
-        for wanted in bundle.manifest.record.parts:
-            if wanted.offset is None and parts[i].get(wanted.name, np.empty(0)).shape != (layer.units,):
-                raise BundleError(f"{bundle.path}: resident part {wanted.name!r} of layer {i} is missing or misshapen")
+        wanted = {name: (bundle.manifest.d_model if name == "down_bias" else layer.units,) for name in biases[i]}
+        if per_unit != set(wanted) - {"down_bias"} or {name: a.shape for name, a in parts[i].items()} != wanted:
+            raise BundleError(f"{bundle.path}: biases of layer {i}'s FFN are missing or misshapen; convert again")
     return parts
 
 
