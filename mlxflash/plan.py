@@ -98,7 +98,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
             f"the smallest that would is {format_bytes(_round_up(least))}"
             f" ({format_bytes(sizes.resident)} resident weights, {format_bytes(context * sizes.kv_token)} key-value"
             f" cache of {context} tokens)",
-            _round_up(least),
+            least,
         )
     prefill = next((t for t in PREFILL_TOKENS if _activations(sizes, t, context) <= memory // 16), PREFILL_TOKENS[-1])
     if _fixed(sizes, memory, context, prefill) + least - floor > memory:

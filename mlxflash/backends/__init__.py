@@ -15,6 +15,7 @@ import numpy as np
 from mlxflash.bundle import BundleError, Manifest, Record
 from mlxflash.pool import Landing, Source, Staging
 from mlxflash.reader import Reader
+from mlxflash.resident import Tensor
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,24 @@ class Backend(Protocol):
         The device may compute between the two calls, so that several products cost one synchronisation.
         """
 
-    def place(self, model: nn.Module) -> None:
-        """Put resident modules where this device computes best; called once, after loading."""
+    def load(self, found: list[Tensor], reader: Reader, direct: bool) -> dict[str, Any]:
+        """Read resident tensors to where this device wants them."""
+
+    def place(self, model: nn.Module, weights: dict[str, Any]) -> None:
+        """Give a model's modules what `load` returned, in the form that this device computes best.
+
+        What remains in `weights` afterwards are MLX arrays for the model's own parameters. Raises KeyError for a
+        tensor that is missing or misshapen.
+        """
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A resident matrix [rows, columns], float or quantised in groups along its columns."""
 
-    weight: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
+    weight: Any  # an mx.array, or a HostArray where the backend loads those
+    scales: Any = None
+    biases: Any = None
     bits: int = 0
     group_size: int = 0
 
