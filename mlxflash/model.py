@@ -9,12 +9,14 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
 from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
@@ -189,6 +191,10 @@ def load_bundle(
     manifest = bundle.manifest
     if (manifest.layout, manifest.activation) != (family.layout, activation):
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
+    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], config["num_hidden_layers"]):
+        raise BundleError(
+            f"{where}: made of {bundle.num_layers} layers of width {manifest.d_model}, config.json says otherwise"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a window spans at least 1 token")
     own = None if predictor is None or isinstance(predictor, str) else list(predictor)
@@ -203,7 +209,7 @@ def load_bundle(
     elif predictor is None:
         predictor = "low-bit" if "low-bit" in bundle.predictors() else "all"
     backend = backend or make_backend(device)
-    ffn = FFN.of(manifest)
+    ffn = FFN.of(manifest, str(bundle.path / "manifest.json"))
     context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
     own_bytes = sum(p.nbytes for p in own) if own else 0
     found = tensors(bundle)
@@ -318,29 +324,37 @@ def _load_resident(
     found: list[Tensor], bundle: Bundle, model: nn.Module, family: Any, backend: Backend, reader: Reader, direct: bool
 ) -> list[dict[str, np.ndarray]]:
     """Read resident weights into the model; return the per-unit and bias arrays of each layer's FFN, float32."""
-    for layer in model.layers:
+    manifest = bundle.manifest
+    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}  # name to shape and whether it is words
+    for i, layer in enumerate(model.layers):
+        ffn = getattr(layer, family.ffn)
+        for part, path in family.parts.items():
+            if "bias" in attrgetter(path)(ffn):
+                size = manifest.d_model if part == "down" else manifest.layers[i].units
+                wanted[f"ffn.{i}.{part}_bias"] = (size,), False
         setattr(layer, family.ffn, nn.Identity())
-    weights = backend.load(found, reader, direct)
-    parts = ffn_parts(found, weights, bundle.num_layers)
-    for i, layer in enumerate(bundle.manifest.layers):
-        for wanted in bundle.manifest.record.parts:
-            if wanted.offset is None and parts[i].get(wanted.name, np.empty(0)).shape != (layer.units,):
-                raise BundleError(f"{bundle.path}: resident part {wanted.name!r} of layer {i} is missing or misshapen")
-    quantization = bundle.manifest.quantization
-    if quantization is not None:
+    given = {t.name: (t.shape, t.dtype == "uint32") for t in found}
+    if manifest.quantization is not None:
         nn.quantize(
             model,
-            quantization["group_size"],
-            quantization["bits"],
-            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in weights,
+            manifest.quantization["group_size"],
+            manifest.quantization["bits"],
+            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in given,
         )
-    small, dtype = {t.name for t in found if t.is_small}, backend.activation_dtype(bundle.manifest)
-    try:
-        backend.place(model, weights)
-        model.load_weights([(name, a.astype(dtype) if name in small else a) for name, a in weights.items()])
-    except (KeyError, ValueError) as error:
-        reason = str(error).strip("'")
-        raise BundleError(f"{bundle.path}: resident weights do not fit the model ({reason}); convert again") from None
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    wanted |= {name: (a.shape, a.dtype == mx.uint32) for name, a in parameters}
+    if wrong := [name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)]:
+        raise BundleError(f"{bundle.path}: resident {min(wrong)!r} is missing, misshapen or extra; convert again")
+    if len(given) < len(found):
+        raise BundleError(f"{bundle.path}: two resident tensors have one name; convert again")
+    biases = {f"ffn.0.{p.name}" for p in manifest.record.parts if p.offset is None}
+    if biases != {name for name in wanted if name.startswith("ffn.0.")} - {"ffn.0.down_bias"}:
+        raise BundleError(f"{bundle.path / 'manifest.json'}: its biases are not the model's; convert again")
+    weights = backend.load(found, reader, direct)
+    parts = ffn_parts(found, weights, bundle.num_layers)
+    small, dtype = {t.name for t in found if t.is_small}, backend.activation_dtype(manifest)
+    backend.place(model, weights)
+    model.load_weights([(name, a.astype(dtype) if name in small else a) for name, a in weights.items()])
     mx.eval(model.parameters())
     model.eval()
     return parts
