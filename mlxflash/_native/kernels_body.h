@@ -175,20 +175,21 @@ INLINE void affine_dot(const int bits, const int M, const struct operand *p, con
         const size_t lane_count = (is_whole ? LANES : shape.groups - g) * shape.lanes;
         for (size_t done = 0; done < lane_count; done += LANES, lane += LANES) {
             vu lanes = load_lanes(bits, w == incomplete ? end.lanes : w);
-            vf part[4];
+            vf part[2][4]; /* two, since one would wait for its own FMAs */
             __builtin_prefetch(next);
             w += BLOCK_BYTES(bits);
             next += BLOCK_BYTES(bits);
-            UNROLL for (int t = 0; t < M; t++) part[t] = vf_set(0);
+            UNROLL for (int t = 0; t < M; t++) part[0][t] = part[1][t] = vf_set(0);
             for (int run = 0; run < V; run += RUN, x += RUN * M * LANES) {
                 UNROLL for (int k = 0; k < RUN; k++) {
                     const vf v = field(bits, k, lanes);
-                    UNROLL for (int t = 0; t < M; t++) part[t] = vf_fma(v, vf_load(x + (k * M + t) * LANES), part[t]);
+                    UNROLL for (int t = 0; t < M; t++)
+                        part[k % 2][t] = vf_fma(v, vf_load(x + (k * M + t) * LANES), part[k % 2][t]);
                 }
                 if (RUN < V) lanes >>= RUN * bits;
             }
             const vf scale = vf_pick(scales, lane >> shape.shift);
-            UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(scale, part[t], sum[t]);
+            UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(scale, part[0][t] + part[1][t], sum[t]);
         }
     }
     UNROLL for (int t = 0; t < M; t++) out[t * out_stride] = vf_sum(sum[t]);
