@@ -7,6 +7,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 
@@ -80,6 +81,7 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
         model: nn.Module = cls(module.ModelArgs.from_dict(config))
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
+    mx.eval(mx.random.state)  # or each model leaves its uncomputed draws of initial weights behind
     return model
 
 
