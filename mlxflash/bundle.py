@@ -16,6 +16,7 @@ Source of bundling: LLM in a flash (arXiv 2312.11514), "Bundling Columns and Row
 """
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -189,8 +190,8 @@ class Bundle:
             with open(file, "rb") as f:
                 head = f.read(HEADER_BYTES)
                 size = os.fstat(f.fileno()).st_size
-        except FileNotFoundError:
-            raise BundleError(f"{file}: missing, though the manifest names it; convert again") from None
+        except (FileNotFoundError, IsADirectoryError):
+            raise BundleError(f"{file}: no such file, though the manifest names it; convert again") from None
         if len(head) < HEADER_BYTES:
             raise BundleError(f"{file}: {size} bytes, shorter than its header page of {HEADER_BYTES}; convert again")
         if head[:8] != MAGIC:
@@ -204,7 +205,7 @@ class Bundle:
             )
         try:
             said = json.loads(head[16 : 16 + length])
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BundleError(f"{file}: header is not JSON; convert again") from None
         expected = _header_json(index, layer.units, record)
         if said != expected:
@@ -308,15 +309,17 @@ def _load_json(file: Path) -> Any:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise BundleError(f"{file}: {file.stat().st_size} bytes of JSON, at most {MAX_JSON_BYTES} make sense")
         return json.loads(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise BundleError(f"{file}: missing; convert again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, BundleError):
             raise
         raise BundleError(f"{file}: not JSON ({error}); convert again") from None
 
 
 def _parse_manifest(data: Any, where: str) -> Manifest:
+    if _get(data, "format", str, where) != "mlxflash":
+        raise BundleError(f"{where}: not a mlxflash bundle's; make one with `mlxflash convert`")
     version = _get(data, "version", int, where)
     if version != VERSION:
         raise BundleError(f"{where}: format version {version}, this mlxflash reads version {VERSION}; convert again")
@@ -324,7 +327,7 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
     layers = []
     for i, item in enumerate(_get(data, "layers", list, where)):
         file, units = _get(item, "file", str, f"{where}, layer {i}"), _get(item, "units", int, f"{where}, layer {i}")
-        if Path(file).is_absolute() or ".." in Path(file).parts:
+        if Path(file).is_absolute() or ".." in Path(file).parts or "\0" in file:
             raise BundleError(f"{where}, layer {i}: file {file!r} points outside the bundle; convert again")
         if not 0 < units < 1 << 31:
             raise BundleError(f"{where}, layer {i}: {units} units make no sense; convert again")
@@ -335,12 +338,16 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
     if quantization is not None:
         for key in ("bits", "group_size"):
             _get(quantization, key, int, f"{where}, quantization")
+        if (mode := _get(quantization, "mode", str, f"{where}, quantization")) != "affine":
+            raise BundleError(f"{where}: quantization mode {mode!r} is unknown; convert again")
     dtype = _get(data, "dtype", str, where)
     if dtype not in ("float32", "float16", "bfloat16"):
         raise BundleError(f"{where}: dtype {dtype!r} is not float32, float16 or bfloat16; convert again")
     d_model = _get(data, "d_model", int, where)
     if not 0 < d_model < 1 << 24:
         raise BundleError(f"{where}: d_model {d_model} makes no sense; convert again")
+    calibration = _get(data, "calibration", dict, where)
+    _check_calibration(calibration, len(layers), where)
     return Manifest(
         model_type=_get(data, "model_type", str, where),
         layout=_get(data, "layout", str, where),
@@ -352,8 +359,25 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
         layers=tuple(layers),
         source=_get(data, "source", str, where),
         order=_get(data, "order", str, where),
-        calibration=_get(data, "calibration", dict, where),
+        calibration=calibration,
     )
+
+
+def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> None:
+    """What `calibrate` measured, as far as it is used: each layer's demand, the low-bit predictor's figures."""
+    numbers = []
+    if "demand" in data:
+        numbers = _get(data, "demand", list, f"{where}, calibration")
+        if len(numbers) != num_layers:
+            raise BundleError(f"{where}: demand of {len(numbers)} layers, there are {num_layers}; calibrate again")
+    if "low-bit" in data:
+        figures = _get(data, "low-bit", dict, f"{where}, calibration")
+        numbers = [*numbers, *(figures.get(key) for key in ("recall", "perplexity_change", "margin"))]
+    for number in numbers:
+        if not (_is_int(number) or isinstance(number, float)) or not math.isfinite(number):
+            raise BundleError(f"{where}: {number!r} in its calibration is not a number; calibrate again")
+    if min(data.get("demand", [0])) < 0:
+        raise BundleError(f"{where}: no layer demands less than nothing; calibrate again")
 
 
 def _parse_record(data: dict[str, Any], where: str) -> Record:

@@ -16,9 +16,10 @@ from mlxflash.backends import FFN, Matrix, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
 from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
-from mlxflash.model import FlashModel, load_bundle, resident_part
+from mlxflash.model import FlashModel, load_bundle
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, save_low_bit
+from mlxflash.resident import one_part
 
 DEMAND_TOKENS = 5  # a layer's demand is the union of this many tokens' flagged units, the paper's window
 OWN_SEQUENCES = 8
@@ -158,7 +159,7 @@ def _measure_layer(bundle: Bundle, index: int, x: np.ndarray, device: str | None
     exact = deciding_matrix(ffn, raw.reshape(units, stride))
     file = bundle.predictor_files("low-bit")[index]
     matrix, _, _ = read_low_bit(file, ffn, bundle.manifest.layers[index])
-    bias = resident_part(bundle, index, f"{ffn.first}_bias", units)
+    bias = one_part(bundle, index, f"{ffn.first}_bias", units)
 
     def products(weight: Matrix) -> np.ndarray:
         return backend.project(mx.array(x), weight)() + bias

@@ -9,22 +9,24 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
-from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
+from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Times
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
 from mlxflash.predictor import MARGIN, LookAhead, Predictor, Projection, deciding_matrix, load_low_bit
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
+from mlxflash.resident import Tensor, ffn_parts, tensors
 from mlxflash.window import Window
 
 PREDICTORS = ("all", "oracle", "low-bit")
@@ -211,6 +213,10 @@ def load_bundle(
     manifest = bundle.manifest
     if (manifest.layout, manifest.activation) != (family.layout, activation):
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
+    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], config["num_hidden_layers"]):
+        raise BundleError(
+            f"{where}: made of {bundle.num_layers} layers of width {manifest.d_model}, config.json says otherwise"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a window spans at least 1 token")
     own = None if predictor is None or isinstance(predictor, str) else list(predictor)
@@ -225,10 +231,11 @@ def load_bundle(
     elif predictor is None:
         predictor = "low-bit" if "low-bit" in bundle.predictors() else "all"
     backend = backend or make_backend(device)
-    ffn = FFN.of(manifest)
+    ffn = FFN.of(manifest, str(bundle.path / "manifest.json"))
     context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
     own_bytes = sum(p.nbytes for p in own) if own else 0
-    sizes = _sizes(bundle, config, backend, ffn, str(predictor), own_bytes)
+    found = tensors(bundle)
+    sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes)
     plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
@@ -244,8 +251,7 @@ def load_bundle(
     flash = Flash(bundle, plan, reader, backend, mode)
     model.flash = flash
     try:
-        resident = _load_resident(bundle, model, family, backend)
-        backend.place(model)
+        resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
         staging, *others = flash.stagings = [Staging(plan.staging_bytes) for _ in range(3)]
         blocks = None
         if not plan.whole:
@@ -336,79 +342,58 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
     return f"approximate (recall {said['recall']:.1%}, perplexity {said['perplexity_change']:+.2%})"
 
 
-def _load_resident(bundle: Bundle, model: nn.Module, family: Any, backend: Backend) -> list[dict[str, np.ndarray]]:
+def _load_resident(
+    found: list[Tensor], bundle: Bundle, model: nn.Module, family: Any, backend: Backend, reader: Reader, direct: bool
+) -> list[dict[str, np.ndarray]]:
     """Read resident weights into the model; return the per-unit and bias arrays of each layer's FFN, float32."""
-    for layer in model.layers:
+    manifest = bundle.manifest
+    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}  # name to shape and whether it is words
+    for i, layer in enumerate(model.layers):
+        ffn = getattr(layer, family.ffn)
+        for part, path in family.parts.items():
+            if "bias" in attrgetter(path)(ffn):
+                size = manifest.d_model if part == "down" else manifest.layers[i].units
+                wanted[f"ffn.{i}.{part}_bias"] = (size,), False
         setattr(layer, family.ffn, nn.Identity())
-    dtype = backend.activation_dtype(bundle.manifest)
-    weights: dict[str, mx.array] = {}
-    parts: list[dict[str, np.ndarray]] = [{} for _ in range(bundle.num_layers)]
-    for file in bundle.resident_files():
-        for name, array in _load_arrays(file).items():
-            if name.startswith("ffn."):
-                _, index, part = name.split(".")
-                parts[int(index)][part] = np.array(array.astype(mx.float32))
-            else:
-                weights[name] = array.astype(dtype) if _is_small(name, array) else array
-                mx.eval(weights[name])
-    quantization = bundle.manifest.quantization
-    if quantization is not None:
+    given = {t.name: (t.shape, t.dtype == "uint32") for t in found}
+    if manifest.quantization is not None:
         nn.quantize(
             model,
-            quantization["group_size"],
-            quantization["bits"],
-            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in weights,
+            manifest.quantization["group_size"],
+            manifest.quantization["bits"],
+            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in given,
         )
-    try:
-        model.load_weights(list(weights.items()))
-    except ValueError as error:
-        raise BundleError(f"{bundle.path}: resident weights do not fit the model ({error}); convert again") from None
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    wanted |= {name: (a.shape, a.dtype == mx.uint32) for name, a in parameters}
+    if wrong := [name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)]:
+        raise BundleError(f"{bundle.path}: resident {min(wrong)!r} is missing, misshapen or extra; convert again")
+    if len(given) < len(found):
+        raise BundleError(f"{bundle.path}: two resident tensors have one name; convert again")
+    biases = {f"ffn.0.{p.name}" for p in manifest.record.parts if p.offset is None}
+    if biases != {name for name in wanted if name.startswith("ffn.0.")} - {"ffn.0.down_bias"}:
+        raise BundleError(f"{bundle.path / 'manifest.json'}: its biases are not the model's; convert again")
+    weights = backend.load(found, reader, direct)
+    parts = ffn_parts(found, weights, bundle.num_layers)
+    small, dtype = {t.name for t in found if t.is_small}, backend.activation_dtype(manifest)
+    backend.place(model, weights)
+    model.load_weights([(name, a.astype(dtype) if name in small else a) for name, a in weights.items()])
+    mx.eval(model.parameters())
     model.eval()
-    for i, layer in enumerate(bundle.manifest.layers):
-        for wanted in bundle.manifest.record.parts:
-            if wanted.offset is None and parts[i].get(wanted.name, np.empty(0)).shape != (layer.units,):
-                raise BundleError(f"{bundle.path}: resident part {wanted.name!r} of layer {i} is missing or misshapen")
     return parts
 
 
-def resident_part(bundle: Bundle, index: int, name: str, units: int) -> np.ndarray:
-    """One part of one layer that is resident per unit, float32 [units]; zeros where the family has none."""
-    for file in reversed(bundle.resident_files()):
-        if (array := _load_arrays(file).get(f"ffn.{index}.{name}")) is not None:
-            return np.array(array.astype(mx.float32))
-    return np.zeros(units, np.float32)
-
-
-def _load_arrays(file: Path) -> dict[str, mx.array]:
-    try:
-        with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
-            pass
-        return cast(dict[str, mx.array], mx.load(str(file)))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise BundleError(f"{file}: not a readable safetensors file ({error}); convert again") from None
-
-
-def _is_small(name: str, array: Any) -> bool:
-    """Vectors, scales and biases are kept in the activations' dtype; matrices as stored."""
-    return bool(array.ndim < 2 or name.endswith((".scales", ".biases"))) and array.dtype != mx.uint32
-
-
-def _sizes(bundle: Bundle, config: dict[str, Any], backend: Backend, ffn: FFN, predictor: str, own: int) -> Sizes:
+def _sizes(
+    bundle: Bundle, config: dict[str, Any], found: list[Tensor], backend: Backend, ffn: FFN, predictor: str, own: int
+) -> Sizes:
     manifest = bundle.manifest
     item = backend.activation_dtype(manifest).size
-    resident = stored = 0
-    for file in bundle.resident_files():
-        try:
-            with safe_open(file, "numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  a safe_open handle is no mapping
-                    view = tensors.get_slice(name)
-                    count = int(np.prod(view.get_shape(), dtype=np.int64))
-                    bits = {"F32": 4, "U32": 4}.get(view.get_dtype(), 2)
-                    small = len(view.get_shape()) < 2 or name.endswith((".scales", ".biases"))
-                    stored += count * bits
-                    resident += count * (max(item, 4 if name.startswith("ffn.") else 0) if small else bits)
-        except SafetensorError as error:
-            raise BundleError(f"{file}: not a readable safetensors file ({error}); convert again") from None
+    resident = sum(
+        t.num_bytes // ITEM_BYTES[t.dtype] * max(item, 4 if t.name.startswith("ffn.") else 0)
+        if t.is_small
+        else t.num_bytes
+        for t in found
+    )
+    stored = sum(t.num_bytes for t in found)
     if predictor == "low-bit":
         predictor_bytes = sum(f.stat().st_size for f in bundle.predictor_files(predictor))
     else:

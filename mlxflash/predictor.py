@@ -148,7 +148,7 @@ def read_low_bit(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, np.ndarray
     groups = (layer.units, ffn.d_model // group if group else 0)
     per_unit = shift.shape == error.shape == (layer.units,)
     good = per_unit and matrix.weight.shape == (layer.units, ffn.d_model * bits // 32)
-    if not good or matrix.scales.shape != groups or matrix.biases.shape != groups:  # type: ignore[union-attr]
+    if not good or matrix.scales.shape != groups or matrix.biases.shape != groups:
         raise BundleError(f"{file}: made for another model, {matrix.weight.shape[0]} units; convert again")
     mx.eval(matrix.weight, matrix.scales, matrix.biases)
     return matrix, shift, error

@@ -203,7 +203,8 @@ def _read(file: File, pieces: list[tuple[int, int, int]], dest: memoryview) -> N
 class CheckedReader:
     """A reader that compares every whole record it lands with the checksum of its bundle file.
 
-    `checksums` maps a bundle file's path to its records' CRC-32, uint32 [units]. A mismatch is a ReadError.
+    `checksums` maps a bundle file's path to its records' CRC-32, uint32 [units]; other files have none. A mismatch is
+    a ReadError.
     """
 
     def __init__(self, reader: Reader, record: Record, checksums: dict[str, np.ndarray]):
@@ -216,7 +217,10 @@ class CheckedReader:
         return CheckedTicket(self, self._reader.submit(file, spans, dest), file, spans, dest)
 
     def check(self, file: File, spans: np.ndarray, dest: memoryview) -> None:
-        stride, used, sums = self._record.stride, self._record.num_bytes, self._checksums[file.path]
+        sums = self._checksums.get(file.path)
+        if sums is None:
+            return
+        stride, used = self._record.stride, self._record.num_bytes
         for offset, at, length in spans.tolist():
             first = max(0, -(-(offset - HEADER_BYTES) // stride))
             last = min(len(sums), (offset + length - HEADER_BYTES - used) // stride + 1)

@@ -12,9 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflash.bundle import Manifest, Record
+from mlxflash.bundle import BundleError, Manifest, Record
 from mlxflash.pool import Landing, Source, Staging
 from mlxflash.reader import Reader
+from mlxflash.resident import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,32 @@ class FFN:
     group_size: int = 0
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "FFN":
+    def of(cls, manifest: Manifest, where: str = "manifest.json") -> "FFN":
+        """Raises BundleError when the record's parts are not what the layout computes with."""
         q = manifest.quantization or {"bits": 0, "group_size": 0}
-        return cls(manifest.layout, manifest.activation, manifest.record, manifest.d_model, q["bits"], q["group_size"])
+        ffn = cls(manifest.layout, manifest.activation, manifest.record, manifest.d_model, q["bits"], q["group_size"])
+        if ffn.bits and (ffn.bits not in (4, 8) or ffn.group_size not in (32, 64, 128) or ffn.d_model % ffn.group_size):
+            raise BundleError(f"{where}: {ffn.bits} bits in groups of {ffn.group_size} make no sense; convert again")
+        parts = {p.name: (p.dtype, p.shape) for p in ffn.record.parts if p.offset is not None}
+        if parts != ffn._streamed(manifest.dtype):
+            raise BundleError(f"{where}: these are not {ffn.layout} parts of width {ffn.d_model}; convert again")
+        for p in ffn.record.parts:
+            if p.offset is None and (p.name, p.dtype, p.shape) != (f"{ffn.first}_bias", "float32", ()):
+                raise BundleError(f"{where}: part {p.name!r} means nothing to {ffn.layout} units; convert again")
+        return ffn
+
+    def _streamed(self, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name to dtype and shape of every part that a unit of this layout streams."""
+        names = ("gate", "up", "down") if self.layout == "gated" else ("up", "down")
+        if not self.bits:
+            return {name: (dtype, (self.d_model,)) for name in names}
+        scale = "float16" if dtype == "float32" else dtype
+        groups = (self.d_model // self.group_size,)
+        parts: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in names:
+            parts[name] = "uint32", (self.d_model * self.bits // 32,)
+            parts[f"{name}_scales"] = parts[f"{name}_biases"] = scale, groups
+        return parts
 
     @property
     def first(self) -> str:
@@ -82,17 +106,24 @@ class Backend(Protocol):
         The device may compute between the two calls, so that several products cost one synchronisation.
         """
 
-    def place(self, model: nn.Module) -> None:
-        """Put resident modules where this device computes best; called once, after loading."""
+    def load(self, found: list[Tensor], reader: Reader, direct: bool) -> dict[str, Any]:
+        """Read resident tensors to where this device wants them."""
+
+    def place(self, model: nn.Module, weights: dict[str, Any]) -> None:
+        """Give a model's modules what `load` returned, in the form that this device computes best.
+
+        What remains in `weights` afterwards are MLX arrays for the model's own parameters. Raises KeyError for a
+        tensor that is missing or misshapen.
+        """
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A resident matrix [rows, columns], float or quantised in groups along its columns."""
 
-    weight: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
+    weight: Any  # an mx.array, or a HostArray where the backend loads those
+    scales: Any = None
+    biases: Any = None
     bits: int = 0
     group_size: int = 0
 

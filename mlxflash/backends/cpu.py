@@ -17,6 +17,7 @@ from mlxflash.backends import FFN, Matrix
 from mlxflash.bundle import Manifest
 from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
+from mlxflash.resident import MLX, HostArray, Tensor, read_host
 
 KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 MLX_KINDS = {mx.float32: "f32", mx.float16: "f16", mx.bfloat16: "bf16"}
@@ -39,16 +40,41 @@ class CPUBackend:
     def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
         return lambda: multiply(x, weight)
 
-    def place(self, model: nn.Module) -> None:
-        """Replace linear layers and embeddings by native ones on the same weights."""
+    def load(self, found: list[Tensor], reader: Reader, direct: bool) -> dict[str, HostArray]:
+        return read_host(found, reader, direct)
+
+    def place(self, model: nn.Module, weights: dict[str, Any]) -> None:
+        """Replace linear layers and embeddings by native ones that take their weights out of `weights`."""
         for path, module in model.named_modules():
-            linear = type(module) in (nn.Linear, nn.QuantizedLinear)
-            if linear or type(module) in (nn.Embedding, nn.QuantizedEmbedding):
+            linear = isinstance(module, (nn.Linear, nn.QuantizedLinear))
+            if linear or isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
                 *parents, name = path.split(".")
                 owner: Any = model
                 for step in parents:
                     owner = owner[int(step)] if isinstance(owner, list) else getattr(owner, step)
-                setattr(owner, name, NativeLinear(module) if linear else NativeEmbedding(module))
+                matrix = _take_matrix(path, module, weights)
+                bias = weights.pop(f"{path}.bias").mlx() if "bias" in module else None
+                setattr(owner, name, NativeLinear(matrix, bias) if linear else NativeEmbedding(matrix))
+        for name, array in weights.items():
+            weights[name] = array.mlx().astype(mx.float32) if len(array.shape) < 2 else array.mlx()
+
+
+def _take_matrix(path: str, module: nn.Module, weights: dict[str, Any]) -> Matrix:
+    weight = weights.pop(f"{path}.weight")
+    if tuple(weight.shape) != tuple(module.weight.shape):
+        raise KeyError(f"{path}.weight of shape {list(module.weight.shape)}, found {list(weight.shape)}")
+    if "scales" not in module:
+        return Matrix(weight)
+    scales, biases = weights.pop(f"{path}.scales"), weights.pop(f"{path}.biases")
+    return Matrix(weight, scales, biases, module.bits, module.group_size)
+
+
+def _kind(array: mx.array | HostArray) -> str:
+    return KINDS[array.dtype] if isinstance(array, HostArray) else MLX_KINDS[array.dtype]
+
+
+def _buffer(array: mx.array | HostArray) -> Any:
+    return array.memory if isinstance(array, HostArray) else array
 
 
 def multiply(x: mx.array, weight: Matrix, bias: np.ndarray | None = None) -> np.ndarray:
@@ -57,16 +83,15 @@ def multiply(x: mx.array, weight: Matrix, bias: np.ndarray | None = None) -> np.
     rows, columns = weight.weight.shape[0], x.shape[-1]
     out = np.empty((len(x), rows), np.float32)
     row_bytes = weight.weight.nbytes // rows
-    if weight.bits:
+    words = _buffer(weight.weight)
+    if weight.scales is not None and weight.biases is not None:
         core.matmul(
-            out, _host(x), weight.weight, "affine", len(x), rows, columns, row_bytes,
-            scales=weight.scales, biases=weight.biases, scale_dtype=MLX_KINDS[weight.scales.dtype],  # type: ignore[union-attr]
+            out, _host(x), words, "affine", len(x), rows, columns, row_bytes,
+            scales=_buffer(weight.scales), biases=_buffer(weight.biases), scale_dtype=_kind(weight.scales),
             group=weight.group_size, bits=weight.bits, bias=bias,
         )  # fmt: skip
     else:
-        core.matmul(
-            out, _host(x), weight.weight, MLX_KINDS[weight.weight.dtype], len(x), rows, columns, row_bytes, bias=bias
-        )
+        core.matmul(out, _host(x), words, _kind(weight.weight), len(x), rows, columns, row_bytes, bias=bias)
     return out
 
 
@@ -75,39 +100,43 @@ def _host(x: mx.array) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(x.astype(mx.float32)))
 
 
-def _matrix(module: nn.Module) -> Matrix:
-    if "scales" in module:
-        return Matrix(module.weight, module.scales, module.biases, module.bits, module.group_size)
-    return Matrix(module.weight)
-
-
 class NativeLinear(nn.Module):
-    """x W^T + bias on the weights of an mlx.nn linear layer."""
+    """x W^T + bias, float32."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, matrix: Matrix, bias: mx.array | None):
         super().__init__()
-        self._matrix = _matrix(module)
-        self._bias = np.array(module.bias.astype(mx.float32)) if "bias" in module else None
-        self._rows = self._matrix.weight.shape[0]
+        self._matrix = matrix
+        self._bias = None if bias is None else np.array(bias.astype(mx.float32))
 
     def __call__(self, x: mx.array) -> mx.array:
         out = multiply(x.reshape(-1, x.shape[-1]), self._matrix, self._bias)
-        return mx.array(out).reshape(*x.shape[:-1], self._rows)
+        return mx.array(out).reshape(*x.shape[:-1], out.shape[-1])
 
 
 class NativeEmbedding(nn.Module):
-    """An mlx.nn embedding whose rows come out float32; also the output head where the two are tied."""
+    """Rows of a matrix, float32; also the output head where the two are tied."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, matrix: Matrix):
         super().__init__()
-        self._module, self._matrix = module, _matrix(module)
+        self._matrix = matrix
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self._module(ids).astype(mx.float32)
+        m, chosen = self._matrix, np.asarray(ids)
+        rows = [_rows_of(array, chosen) for array in (m.weight, m.scales, m.biases) if array is not None]
+        if m.bits:
+            scales, biases = rows[1].astype(mx.float32), rows[2].astype(mx.float32)
+            return mx.dequantize(rows[0], scales, biases, m.group_size, m.bits)
+        return rows[0].astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
         out = multiply(x.reshape(-1, x.shape[-1]), self._matrix)
-        return mx.array(out).reshape(*x.shape[:-1], self._matrix.weight.shape[0])
+        return mx.array(out).reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _rows_of(array: mx.array | HostArray, ids: np.ndarray) -> mx.array:
+    if isinstance(array, HostArray):
+        return mx.array(array.numpy()[ids]).view(MLX[array.dtype])
+    return array[mx.array(ids)]
 
 
 class NativeRows:

@@ -16,6 +16,7 @@ from mlxflash.backends import FFN, Matrix
 from mlxflash.bundle import ITEM_BYTES, Manifest
 from mlxflash.pool import Landing, PartRows, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
+from mlxflash.resident import Tensor, read_mlx
 
 PAGE = 16384
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16, "uint32": mx.uint32}
@@ -97,8 +98,11 @@ class MLXBackend:
         mx.async_eval(y)
         return lambda: np.asarray(y)
 
-    def place(self, model: nn.Module) -> None:
-        """Modules stay as MLX made them."""
+    def load(self, found: list[Tensor], reader: Reader, direct: bool) -> dict[str, mx.array]:
+        return read_mlx(found)
+
+    def place(self, model: nn.Module, weights: dict[str, Any]) -> None:
+        """Modules stay as MLX makes them."""
 
 
 class MLXRows:

@@ -79,8 +79,9 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
     cls = module.Model if base is None else type(module.Model.__name__, (base, module.Model), {})
     try:
         model: nn.Module = cls(module.ModelArgs.from_dict(config))
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None
     mx.eval(mx.random.state)  # or each model leaves its uncomputed draws of initial weights behind
     return model
 
