@@ -71,6 +71,10 @@ class Outcome:
     predict_s: float
     held_share: float
     peak_rss_gb: float
+    held_bytes: int = 0
+    memory_bytes: int = 0
+    ready_s: float = 0.0
+    plan: str = ""
 
     @property
     def per_token(self) -> float:

@@ -40,8 +40,9 @@ from mlxflash.backends import FFN, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.calibrate import Recorder
 from mlxflash.ffn import FlashFFN
-from mlxflash.model import FlashModel, load_bundle, resident_part
-from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit
+from mlxflash.model import FlashModel, load_bundle
+from mlxflash.predictor import MARGIN, Ids, deciding_matrix, read_low_bit
+from mlxflash.resident import one_part
 
 PUBLISHED = {"flagged": 0.10, "union": 0.24, "new": 0.024}
 RECALL, OVER = 0.80, 1.1
@@ -297,13 +298,13 @@ def layer_sets(bundle: Bundle, index: int, x: np.ndarray, margin: float) -> tupl
     backend, ffn, layer = make_backend(), FFN.of(bundle.manifest), bundle.manifest.layers[index]
     stride = ffn.record.stride
     raw = np.fromfile(bundle.layer_path(index), np.uint8, layer.units * stride, offset=HEADER_BYTES)
-    bias = resident_part(bundle, index, f"{ffn.first}_bias", layer.units)
-    active = backend.project(mx.array(x), deciding_matrix(ffn, raw.reshape(layer.units, stride))) + bias > 0
+    bias = one_part(bundle, index, f"{ffn.first}_bias", layer.units)
+    active = backend.project(mx.array(x), deciding_matrix(ffn, raw.reshape(layer.units, stride)))() + bias > 0
     files = bundle.predictor_files("low-bit")
     if not files:
         return active, active
     matrix, shift, error = read_low_bit(files[index], ffn, layer)
-    return active, backend.project(mx.array(x), matrix) + bias - shift + margin * error > 0
+    return active, backend.project(mx.array(x), matrix)() + bias - shift + margin * error > 0
 
 
 # Replay
@@ -320,9 +321,13 @@ class Replayer:
         self.nbytes = getattr(predictor, "nbytes", 0)
         self.token = 0
 
-    def __call__(self, x: mx.array) -> np.ndarray:
-        if self._predictor is not None:
-            self._predictor(x)
+    def start(self, x: mx.array) -> Ids:
+        asked = None if self._predictor is None else self._predictor.start(x)
+        return lambda: self._answer(asked)
+
+    def _answer(self, asked: Ids | None) -> np.ndarray:
+        if asked is not None:
+            asked()
         ids = self._sets.at(self._layer, self.token % (self._sets.starts.shape[1] - 1))
         self.token += 1
         return ids

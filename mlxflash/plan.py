@@ -7,11 +7,12 @@ cannot work is refused before anything is read. Imports no MLX.
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MIN_SLOTS = 8  # rows a layer needs at least: a token that needs more goes through in turns
 PREFILL_TOKENS = (512, 256, 128, 64, 32, 16)
+LEAST_BLOCK_BYTES, MOST_BLOCK_BYTES = 64 << 10, 8 << 20  # a streaming block: sequential speed needs some MiB
 AUTO_SHARE = 0.7  # of the memory available now, when no budget is given
 
 
@@ -85,13 +86,14 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
 
     Raises BudgetError, naming the smallest budget that would work.
     """
-    whole = _whole(sizes, context)
     if memory is None:
-        memory = min(whole.memory, int(AUTO_SHARE * available_memory()))
-    if memory >= whole.memory:
-        return _replace_memory(whole, memory)
-    floor = _fixed(sizes, 0, context, PREFILL_TOKENS[-1])
-    least = floor + sum(min(MIN_SLOTS, n) for n in sizes.units) * sizes.slot
+        memory = min(_whole(sizes, context, 1 << 30).memory, int(AUTO_SHARE * available_memory()))
+    bare = _whole(sizes, context, 0).memory
+    if memory >= bare:
+        return replace(_whole(sizes, context, memory - bare), memory=memory)
+    slots = sum(min(MIN_SLOTS, n) for n in sizes.units)
+    least = sizes.resident + sizes.predictor + context * sizes.kv_token + slots * sizes.slot
+    least += sum(_reserves(sizes, context, 0).values())
     if memory < least:
         raise BudgetError(
             f"a memory budget of {format_bytes(memory)} cannot work for this model: "
@@ -100,76 +102,72 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
             f" cache of {context} tokens)",
             least,
         )
-    prefill = next((t for t in PREFILL_TOKENS if _activations(sizes, t, context) <= memory // 16), PREFILL_TOKENS[-1])
-    if _fixed(sizes, memory, context, prefill) + least - floor > memory:
-        prefill = PREFILL_TOKENS[-1]
-    scale = memory if _fixed(sizes, memory, context, prefill) + least - floor <= memory else 0
-    pools = memory - _fixed(sizes, scale, context, prefill)
+    reserves = _reserves(sizes, context, memory - least)
+    pools = memory - sizes.resident - sizes.predictor - context * sizes.kv_token - sum(reserves.values())
     capacities = _share(sizes, pools // sizes.slot)
-    block_units, staging = _block_units(sizes, scale), _staging(sizes, scale)
     return Plan(
         memory=memory,
         resident=sizes.resident,
         predictor=sizes.predictor,
         kv=context * sizes.kv_token,
-        activations=_activations(sizes, prefill, context),
-        blocks=2 * block_units * sizes.slot,
-        staging=3 * staging if sizes.staged else 0,
-        cache=_cache(scale),
         pools=sum(capacities) * sizes.slot,
         capacities=capacities,
         units=sizes.units,
-        block_units=block_units,
-        staging_bytes=staging,
-        prefill_tokens=prefill,
+        block_units=min(reserves["blocks"] // (2 * sizes.slot), max(sizes.units)),
+        staging_bytes=reserves["staging"] // 3 or _least_staging(sizes),
+        prefill_tokens=_prefill(sizes, context, reserves["activations"]),
         context=context,
         whole=False,
+        **reserves,
     )
 
 
-def _whole(sizes: Sizes, context: int) -> Plan:
-    prefill = min(PREFILL_TOKENS[0], max(PREFILL_TOKENS[-1], context))
-    pools = sum(sizes.units) * sizes.slot
-    staging = _staging(sizes, 1 << 30)
-    parts = {
-        "resident": sizes.resident,
-        "kv": context * sizes.kv_token,
-        "activations": _activations(sizes, prefill, context) + prefill * max(sizes.units) * sizes.activation_item,
-        "staging": staging if sizes.staged else 0,
-        "cache": _cache(1 << 30),
-        "pools": pools,
+def _reserves(sizes: Sizes, context: int, spare: int) -> dict[str, int]:
+    """What work in progress may take when `spare` bytes are left above the least: it grows with the budget, and so
+    slowly that the pools never shrink when the budget grows."""
+    block = min(MOST_BLOCK_BYTES, max(sizes.slot, LEAST_BLOCK_BYTES) + spare // 64)
+    return {
+        "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // 16,
+        "blocks": 2 * block,
+        "staging": 3 * (block + _least_staging(sizes)) if sizes.staged else 0,
+        "cache": min(64 << 20, (1 << 20) + spare // 64),
     }
+
+
+def _whole(sizes: Sizes, context: int, spare: int) -> Plan:
+    """Everything held, `spare` bytes beyond what that needs: no predictor and no blocks, staging only while loading."""
+    pools = sum(sizes.units) * sizes.slot
+    widest = max(sizes.units) * sizes.activation_item  # a held layer's activations are as wide as the layer
+    most = _activations(sizes, PREFILL_TOKENS[0], context) + PREFILL_TOKENS[0] * widest
+    least = _activations(sizes, PREFILL_TOKENS[-1], context) + PREFILL_TOKENS[-1] * widest
+    activations = min(most, least + spare // 2)
+    fits = [t for t in PREFILL_TOKENS if _activations(sizes, t, context) + t * widest <= activations]
+    staging = min(MOST_BLOCK_BYTES, LEAST_BLOCK_BYTES + spare // 64) + _least_staging(sizes)
+    cache = min(16 << 20, (1 << 20) + spare // 64)
+    kv = context * sizes.kv_token
     return Plan(
-        memory=sum(parts.values()),
+        memory=sizes.resident + kv + activations + (staging if sizes.staged else 0) + cache + pools,
+        resident=sizes.resident,
         predictor=0,
+        kv=kv,
+        activations=activations,
         blocks=0,
+        staging=staging if sizes.staged else 0,
+        cache=cache,
+        pools=pools,
         capacities=sizes.units,
         units=sizes.units,
         block_units=0,
         staging_bytes=staging,
-        prefill_tokens=prefill,
+        prefill_tokens=fits[0],
         context=context,
         whole=True,
-        **parts,
     )
 
 
-def _replace_memory(plan: Plan, memory: int) -> Plan:
-    return Plan(**{**plan.__dict__, "memory": memory})
-
-
-def _fixed(sizes: Sizes, memory: int, context: int, prefill: int) -> int:
-    staging = 3 * _staging(sizes, memory) if sizes.staged else 0
-    blocks = 2 * _block_units(sizes, memory) * sizes.slot
-    return (
-        sizes.resident
-        + sizes.predictor
-        + context * sizes.kv_token
-        + _activations(sizes, prefill, context)
-        + blocks
-        + staging
-        + _cache(memory)
-    )
+def _prefill(sizes: Sizes, context: int, room: int) -> int:
+    """The longest prompt chunk whose activations fit."""
+    return next(t for t in PREFILL_TOKENS if _activations(sizes, t, context) <= room)
 
 
 def _activations(sizes: Sizes, tokens: int, context: int) -> int:
@@ -178,19 +176,9 @@ def _activations(sizes: Sizes, tokens: int, context: int) -> int:
     return prompt + 4 * sizes.vocabulary * sizes.activation_item
 
 
-def _block_units(sizes: Sizes, memory: int) -> int:
-    """Units of one streaming block: large enough for sequential speed, small beside the budget."""
-    size = min(8 << 20, max(memory // 32, 64 << 10))
-    return max(1, min(size // sizes.stride, max(sizes.units)))
-
-
-def _staging(sizes: Sizes, memory: int) -> int:
-    """A staging buffer holds at least one record widened to blocks; a block's own holds the block."""
-    return max(_block_units(sizes, memory) * sizes.stride, sizes.stride) + (3 << 12)
-
-
-def _cache(memory: int) -> int:
-    return min(64 << 20, max(memory // 64, 1 << 20))
+def _least_staging(sizes: Sizes) -> int:
+    """One record, widened to blocks."""
+    return sizes.stride + (3 << 12)
 
 
 def _share(sizes: Sizes, slots: int) -> tuple[int, ...]:

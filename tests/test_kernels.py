@@ -117,29 +117,41 @@ def test_rows_apart_and_unaligned(isa, rng):
     check_matmul(rng, memory[1 : 1 + 8 * 333 + 200], meant, 3, "f16", 333)
 
 
-def test_reads_nothing_beyond_the_last_row(isa, rng):
-    """The last row ends where a page does and the next page may not be read."""
+@pytest.fixture
+def guarded():
+    """Copies bytes to where a page ends and the next one may not be touched."""
     page = mmap.PAGESIZE
-    memory = mmap.mmap(-1, 3 * page)
+    memory = mmap.mmap(-1, 4 * page)
     view = np.frombuffer(memory, np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(view.ctypes.data + 2 * page), ctypes.c_size_t(page), 0) != 0:
+    end = 3 * page
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(view.ctypes.data + end), ctypes.c_size_t(page), 0) != 0:
         pytest.skip("cannot protect memory")
+
+    def copy(values):
+        place = view[end - values.nbytes : end]
+        place[:] = values.view(np.uint8).ravel()
+        return place
+
+    return copy
+
+
+def test_reads_nothing_beyond_the_last_row(isa, rng, guarded):
     for dtype in DENSE:
         w, meant = stored(rng.standard_normal((3, 45)).astype(np.float32), dtype)
-        end = view[2 * page - w.nbytes : 2 * page]
-        end[:] = w.view(np.uint8).ravel()
-        check_matmul(rng, end, meant, 2, dtype, w.shape[1] * w.itemsize)
+        check_matmul(rng, guarded(w), meant, 2, dtype, w.shape[1] * w.itemsize)
+        pool = Pool(rng, dtype, 45, 3, False)
+        pool.bytes = guarded(pool.bytes[:3])
+        check_ffn(rng, pool, 2, "gelu")
     for bits in BITS:
-        for groups in (1, 5):
+        for groups in (1, 5, 8):
             parts, meant = quantised(3, 32 * groups, 32, bits, "f16")
-            for guarded in range(3):
-                ends = [np.array(part) for part in parts]
-                end = view[2 * page - ends[guarded].size : 2 * page]
-                end[:] = ends[guarded].ravel()
-                words, scales, biases = (*ends[:guarded], end, *ends[guarded + 1 :])
-                kwargs = {"group": 32, "bits": bits, "scales": scales, "biases": biases}
-                check_matmul(rng, words, meant, 1, "affine", parts[0].shape[1], scale_dtype="f16", **kwargs)
+            for i in range(3):
+                words, scales, biases = (*parts[:i], guarded(parts[i]), *parts[i + 1 :])
+                kwargs = {"group": 32, "bits": bits, "scales": scales, "biases": biases, "scale_dtype": "f16"}
+                check_matmul(rng, words, meant, 1, "affine", parts[0].shape[1], **kwargs)
+            pool = Pool(rng, "affine", 32 * groups, 3, False, bits=bits, group=32, weights_last=True)
+            pool.bytes = guarded(pool.bytes[:3])
+            check_ffn(rng, pool, 2, "gelu")
 
 
 def test_every_half(isa):
@@ -176,14 +188,16 @@ def apply(act, v):
 class Pool:
     """Records of random rows. Beyond the first n, and between parts, every byte is 255: NaNs."""
 
-    def __init__(self, rng, dtype, d, n, gated, padding=0, bits=0, group=0):
+    def __init__(self, rng, dtype, d, n, gated, padding=0, bits=0, group=0, weights_last=False):
         self.n, self.d, self.dtype = n, d, dtype
         self.meant, self.kwargs, parts = {}, {}, []
         for i, name in enumerate(("gate", "up", "down") if gated else ("up", "down")):
             if bits:
                 rows, meant = quantised(n + i, d, group, bits, "f16")
                 self.meant[name] = meant[i:]
-                named = zip(("", "_scales", "_biases"), (r[i:] for r in rows), strict=True)
+                named = list(zip(("", "_scales", "_biases"), (r[i:] for r in rows), strict=True))
+                if weights_last:
+                    named.reverse()
             else:
                 values = rng.standard_normal((n, d)).astype(np.float32) / max(d, 1) ** 0.5
                 rows, self.meant[name] = stored(values, dtype)

@@ -236,7 +236,7 @@ class World:
 
     def clear(self):
         self.compute()
-        self.window.clear(discard=bool(self.rng.random() < 0.5))
+        self.window.clear()
         assert self.window.num_rows == 0
         self.assert_sound()
 

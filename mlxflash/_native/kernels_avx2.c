@@ -30,23 +30,20 @@ INLINE vf vf_from_bf16(const uint8_t *p) {
 INLINE vf vf_from_field(vu v) { return _mm256_cvtepi32_ps((__m256i)v); }
 INLINE vf vf_pick(vf v, vu index) { return _mm256_permutevar8x32_ps(v, (__m256i)index); }
 
-/* The 16 bytes at `low` and at `high`, each half shuffled by its own half of `lanes`. */
-INLINE vu shuffle_halves(const uint8_t *low, const uint8_t *high, __m256i lanes) {
+/* The 16 bytes at `low` and at `high`, each shuffled by `lanes`. */
+INLINE vu shuffle_halves(const uint8_t *low, const uint8_t *high, __m128i lanes) {
     const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const void *)low));
-    return (vu)_mm256_shuffle_epi8(_mm256_inserti128_si256(v, _mm_loadu_si128((const void *)high), 1), lanes);
+    return (vu)_mm256_shuffle_epi8(_mm256_inserti128_si256(v, _mm_loadu_si128((const void *)high), 1),
+                                   _mm256_broadcastsi128_si256(lanes));
 }
 
 INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3, 4, 5, 6, 7}; }
 INLINE vu vu_load(const uint8_t *p) { return (vu)_mm256_loadu_si256((const void *)p); }
 INLINE vu vu_load3(const uint8_t *p) {
-    return shuffle_halves(p, p + 8, /* of 24 bytes, the upper lanes' begin at 12 */
-                          _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,
-                                           4, 5, 6, -1, 7, 8, 9, -1, 10, 11, 12, -1, 13, 14, 15, -1));
+    return shuffle_halves(p, p + 12, _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
 }
 INLINE vu vu_load5(const uint8_t *p) {
-    return shuffle_halves(p, p + 4, /* of 20 bytes, the upper lanes' begin at 10 */
-                          _mm256_setr_epi8(0, 1, 2, -1, 2, 3, 4, -1, 5, 6, 7, -1, 7, 8, 9, -1,
-                                           6, 7, 8, -1, 8, 9, 10, -1, 11, 12, 13, -1, 13, 14, 15, -1)) >>
+    return shuffle_halves(p, p + 10, _mm_setr_epi8(0, 1, 2, -1, 2, 3, 4, -1, 5, 6, 7, -1, 7, 8, 9, -1)) >>
            (vu){0, 4, 0, 4, 0, 4, 0, 4};
 }
 

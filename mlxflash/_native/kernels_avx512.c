@@ -32,16 +32,15 @@ INLINE vu vu_load(const uint8_t *p) { return (vu)_mm512_loadu_si512(p); }
 INLINE vu vu_load3(const uint8_t *p) {
     const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
     const __m128i lanes = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
-    const __m512i packed = _mm512_maskz_loadu_epi32(0x0fff, p); /* 48 bytes */
-    return (vu)_mm512_shuffle_epi8(_mm512_permutexvar_epi32(quarters, packed), _mm512_broadcast_i32x4(lanes));
+    const __m512i spread = _mm512_permutexvar_epi32(quarters, _mm512_loadu_si512(p));
+    return (vu)_mm512_shuffle_epi8(spread, _mm512_broadcast_i32x4(lanes));
 }
 INLINE vu vu_load5(const uint8_t *p) {
     typedef uint16_t words __attribute__((vector_size(64)));
     const words quarters = {0,  1,  2,  3,  4,  0, 0, 0, 5,  6,  7,  8,  9,  0, 0, 0,
                             10, 11, 12, 13, 14, 0, 0, 0, 15, 16, 17, 18, 19, 0, 0, 0};
     const __m128i lanes = _mm_setr_epi8(0, 1, 2, -1, 2, 3, 4, -1, 5, 6, 7, -1, 7, 8, 9, -1);
-    const __m512i packed = _mm512_maskz_loadu_epi32(0x03ff, p); /* 40 bytes */
-    const __m512i spread = _mm512_permutexvar_epi16((__m512i)quarters, packed);
+    const __m512i spread = _mm512_permutexvar_epi16((__m512i)quarters, _mm512_loadu_si512(p));
     return (vu)_mm512_shuffle_epi8(spread, _mm512_broadcast_i32x4(lanes)) >>
            (vu){0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4};
 }

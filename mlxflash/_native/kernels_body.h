@@ -5,8 +5,8 @@
      vf_load vf_store vf_set vf_fma vf_sum       the usual; vf_fma(a, b, c) = a * b + c
      vf_from_f16 vf_from_bf16     LANES halves at an address, as floats
      vf_pick(v, i)                v[i[lane]] for every lane
-     vu_load, vu_load3, vu_load5  LANES little-endian values of 32, 24 and 20 bits at an address; of what lies
-                                  above a value's bits in its lane nothing is said. Reads no byte beyond.
+     vu_load, vu_load3, vu_load5  LANES little-endian values of 32, 24 and 20 bits at an address; what lies above
+                                  a value's bits in its lane is open. A whole vector is read for each.
      vf_from_field                the float of a value below 2^31
      vu_lanes                     0, 1, 2 ...
 
@@ -31,6 +31,7 @@
 #define RUN_VALUES(bits) (LANE_VALUES(bits) < 8 ? LANE_VALUES(bits) : 8)
 #define LANE_BITS(bits) ((bits) * LANE_VALUES(bits))
 #define BLOCK_BYTES(bits) ((size_t)LANE_BITS(bits) * LANES / 8)
+#define VECTOR_BYTES ((size_t)LANES * 4)
 #define KIND_SIZE(kind) ((kind) == F32 ? 4 : 2)
 
 INLINE vu vu_set(uint32_t value) { return (vu){0} + value; }
@@ -49,11 +50,6 @@ INLINE vf load_some_values(const int kind, const uint8_t *p, size_t count) {
     return load_values(kind, padded);
 }
 
-INLINE vu load_lanes(const int bits, const uint8_t *p) {
-    if (LANE_BITS(bits) == 24) return vu_load3(p);
-    return LANE_BITS(bits) == 20 ? vu_load5(p) : vu_load(p);
-}
-
 INLINE vf field(const int bits, const int k, vu lanes) {
     if (bits * (k + 1) == 32) return vf_from_field(lanes >> (32 - bits));
     return vf_from_field(lanes & vu_set(((1u << bits) - 1) << (bits * k)));
@@ -66,10 +62,12 @@ static float field_unit(int bits, int k) {
 
 /* --- rows of an affine format --------------------------------------------------------------------------- */
 
-/* A row's last lanes and last scales seldom fill a vector, and may end where memory ends. They are read from
-   here. */
+/* What a vector read at a row's end would reach beyond, where memory may end: from the weights at `first` on,
+   the row is read from `lanes` + `offset`, and its last scales from here if they do not fill a vector. */
 struct row_end {
-    uint8_t lanes[LANES * 4], scales[LANES * 4], biases[LANES * 4];
+    const uint8_t *first;
+    size_t offset;
+    uint8_t lanes[2 * VECTOR_BYTES], scales[VECTOR_BYTES], biases[VECTOR_BYTES];
 };
 
 /* Where the rows' scales belong: lane l, counted from a vector of scales on, to scale l >> shift. */
@@ -83,19 +81,31 @@ INLINE struct affine_shape affine_shape(const int bits, const struct format *f) 
     return (struct affine_shape){f->cols / f->group, lanes, __builtin_ctz((unsigned)lanes)};
 }
 
-/* Returns where the row's incomplete vector of lanes begins, or NULL. */
-INLINE const uint8_t *copy_row_end(const int bits, const struct format *f, const struct row *row,
-                                   struct row_end *end) {
+INLINE void copy_row_end(const int bits, const struct format *f, const struct row *row, struct row_end *end) {
     const size_t groups = f->cols / f->group, scale = KIND_SIZE(f->scale_kind), left = groups % LANES;
-    const size_t row_bytes = f->cols / 8 * (size_t)bits, bytes = row_bytes % BLOCK_BYTES(bits);
+    const size_t size = f->cols / 8 * (size_t)bits;
     if (left != 0) {
-        *end = (struct row_end){0};
+        memset(end->scales, 0, sizeof end->scales);
+        memset(end->biases, 0, sizeof end->biases);
         memcpy(end->scales, row->scales + (groups - left) * scale, left * scale);
         memcpy(end->biases, row->biases + (groups - left) * scale, left * scale);
     }
-    if (bytes == 0) return NULL;
-    memcpy(end->lanes, row->weights + row_bytes - bytes, bytes);
-    return row->weights + row_bytes - bytes;
+    const size_t begin = size < VECTOR_BYTES ? 0 : size - VECTOR_BYTES;
+    const size_t first = size < VECTOR_BYTES ? 0 : (begin / BLOCK_BYTES(bits) + 1) * BLOCK_BYTES(bits);
+    end->first = row->weights + first;
+    end->offset = first - begin;
+    if (first == size) return;
+    memset(end->lanes, 0, sizeof end->lanes);
+    if (size < VECTOR_BYTES) memcpy(end->lanes, row->weights, size);
+    else memcpy(end->lanes, row->weights + begin, VECTOR_BYTES);
+}
+
+/* The lanes at *w, which moves on. */
+INLINE vu next_lanes(const int bits, const uint8_t **w, const struct row_end *end) {
+    const uint8_t *p = *w == end->first ? end->lanes + end->offset : *w;
+    *w = p + BLOCK_BYTES(bits);
+    if (LANE_BITS(bits) == 24) return vu_load3(p);
+    return LANE_BITS(bits) == 20 ? vu_load5(p) : vu_load(p);
 }
 
 /* --- dots: one row times a tile of tokens ---------------------------------------------------------------- */
@@ -160,7 +170,7 @@ INLINE void affine_dot(const int bits, const int M, const struct operand *p, con
     const enum kind scale_kind = p->format.scale_kind;
     const uint8_t *w = row->weights, *next = soon->weights;
     struct row_end end;
-    const uint8_t *const incomplete = copy_row_end(bits, &p->format, row, &end);
+    copy_row_end(bits, &p->format, row, &end);
     vf sum[4];
     UNROLL for (int t = 0; t < M; t++) sum[t] = vf_set(0);
     for (size_t g = 0; g < shape.groups; g += LANES, x_groups += M * LANES) {
@@ -174,21 +184,21 @@ INLINE void affine_dot(const int bits, const int M, const struct operand *p, con
         vu lane = vu_lanes();
         const size_t lane_count = (is_whole ? LANES : shape.groups - g) * shape.lanes;
         for (size_t done = 0; done < lane_count; done += LANES, lane += LANES) {
-            vu lanes = load_lanes(bits, w == incomplete ? end.lanes : w);
-            vf part[4];
+            vu lanes = next_lanes(bits, &w, &end);
+            vf part[2][4]; /* two, since one would wait for its own FMAs */
             __builtin_prefetch(next);
-            w += BLOCK_BYTES(bits);
             next += BLOCK_BYTES(bits);
-            UNROLL for (int t = 0; t < M; t++) part[t] = vf_set(0);
+            UNROLL for (int t = 0; t < M; t++) part[0][t] = part[1][t] = vf_set(0);
             for (int run = 0; run < V; run += RUN, x += RUN * M * LANES) {
                 UNROLL for (int k = 0; k < RUN; k++) {
                     const vf v = field(bits, k, lanes);
-                    UNROLL for (int t = 0; t < M; t++) part[t] = vf_fma(v, vf_load(x + (k * M + t) * LANES), part[t]);
+                    UNROLL for (int t = 0; t < M; t++)
+                        part[k % 2][t] = vf_fma(v, vf_load(x + (k * M + t) * LANES), part[k % 2][t]);
                 }
                 if (RUN < V) lanes >>= RUN * bits;
             }
             const vf scale = vf_pick(scales, lane >> shape.shift);
-            UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(scale, part[t], sum[t]);
+            UNROLL for (int t = 0; t < M; t++) sum[t] = vf_fma(scale, part[0][t] + part[1][t], sum[t]);
         }
     }
     UNROLL for (int t = 0; t < M; t++) out[t * out_stride] = vf_sum(sum[t]);
@@ -228,18 +238,18 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
     const struct affine_shape shape = affine_shape(bits, &p->format);
     const enum kind scale_kind = p->format.scale_kind;
     struct row_end ends[4];
-    const uint8_t *w[4], *incomplete[4];
+    const uint8_t *w[4];
     UNROLL for (int r = 0; r < R; r++) {
-        incomplete[r] = copy_row_end(bits, &p->format, &rows[r], &ends[r]);
+        copy_row_end(bits, &p->format, &rows[r], &ends[r]);
         w[r] = rows[r].weights;
     }
     for (size_t g = 0; g < shape.groups; g += LANES, acc_groups += M * LANES) {
         const bool is_whole = shape.groups - g >= LANES;
         vf scales[4];
         UNROLL for (int r = 0; r < R; r++) {
-            const size_t at = g * KIND_SIZE(scale_kind);
-            const vf biases = load_values(scale_kind, is_whole ? rows[r].biases + at : ends[r].biases);
-            scales[r] = load_values(scale_kind, is_whole ? rows[r].scales + at : ends[r].scales);
+            const size_t offset = g * KIND_SIZE(scale_kind);
+            const vf biases = load_values(scale_kind, is_whole ? rows[r].biases + offset : ends[r].biases);
+            scales[r] = load_values(scale_kind, is_whole ? rows[r].scales + offset : ends[r].scales);
             UNROLL for (int t = 0; t < M; t++) {
                 float *acc_t = acc_groups + t * LANES;
                 vf_store(acc_t, vf_fma(vf_set(h[t * h_stride + r]), biases, vf_load(acc_t)));
@@ -253,8 +263,7 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
             UNROLL for (int r = 0; r < R; r++) {
                 const vf scale = vf_pick(scales[r], lane >> shape.shift);
                 UNROLL for (int t = 0; t < M; t++) factor[t][r] = scale * vf_set(h[t * h_stride + r]);
-                lanes[r] = load_lanes(bits, w[r] == incomplete[r] ? ends[r].lanes : w[r]);
-                w[r] += BLOCK_BYTES(bits);
+                lanes[r] = next_lanes(bits, &w[r], &ends[r]);
             }
             for (int run = 0; run < V; run += RUN, acc += RUN * M * LANES) {
                 UNROLL for (int k = 0; k < RUN; k++) {

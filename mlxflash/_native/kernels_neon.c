@@ -26,17 +26,11 @@ INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3}; }
 INLINE vu vu_load(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
 INLINE vu vu_load3(const uint8_t *p) {
     static const uint8_t lanes[16] = {0, 1, 2, 255, 3, 4, 5, 255, 6, 7, 8, 255, 9, 10, 11, 255};
-    uint32_t rest;
-    __builtin_memcpy(&rest, p + 8, sizeof rest);
-    const uint8x16_t packed = vcombine_u8(vld1_u8(p), vreinterpret_u8_u32(vdup_n_u32(rest)));
-    return vreinterpretq_u32_u8(vqtbl1q_u8(packed, vld1q_u8(lanes)));
+    return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(lanes)));
 }
 INLINE vu vu_load5(const uint8_t *p) {
     static const uint8_t lanes[16] = {0, 1, 2, 255, 2, 3, 4, 255, 5, 6, 7, 255, 7, 8, 9, 255};
-    uint16_t rest;
-    __builtin_memcpy(&rest, p + 8, sizeof rest);
-    const uint8x16_t packed = vcombine_u8(vld1_u8(p), vreinterpret_u8_u16(vdup_n_u16(rest)));
-    return vreinterpretq_u32_u8(vqtbl1q_u8(packed, vld1q_u8(lanes))) >> (vu){0, 4, 0, 4};
+    return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(p), vld1q_u8(lanes))) >> (vu){0, 4, 0, 4};
 }
 
 #include "kernels_body.h"

@@ -7,9 +7,7 @@
 enum {
     BATCH = 8, /* the most rows handed to a kernel at once */
     CACHE_LINE = 64,
-#ifndef BYTES_AHEAD
     BYTES_AHEAD = 4 << 10, /* how far before its turn memory is called into the cache */
-#endif
 };
 
 #define INLINE static inline __attribute__((always_inline))
