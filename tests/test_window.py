@@ -393,7 +393,7 @@ def test_stale_rows_do_not_matter_while_decoding(library, backend, how):
     """Every token finds all memory that is not live spoilt, the streaming blocks included."""
 
     def logits(before_token):
-        with load(library.bundle(), backend, "part", window=2) as model:
+        with load(library.bundle(), backend, "room", window=2) as model:
             cache, out = make_prompt_cache(model), []
             prompt = prompt_of(30)
             model(mx.array([prompt[:10]]), cache=cache)
