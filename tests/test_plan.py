@@ -199,8 +199,8 @@ GOOD = {
     "1000000": MB,
 }  # fmt: skip
 BAD = ["", " ", "GB", "%", "two", "2GBB", "2 G B", "-1", "-2GB", "+2GB", "2,5GB", "1e9", "1_000", "0", "0GB", "0%",
-       "0.5", "0.4b", "0.01%", "2XB", "2PB", "nan", "inf", "infGB", "2GB4", "60%%", "1.2.3GB", ".", "٣GB", "0x10", 0, -5,
-       True, float("nan")]  # fmt: skip
+       "0.5", "0.4b", "0.01%", "2XB", "2PB", "nan", "inf", "infGB", "2GB4", "60%%", "1.2.3GB", ".", "٣GB", "0x10", 0,
+       -5, True, float("nan")]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", GOOD)
