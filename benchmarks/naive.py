@@ -9,8 +9,10 @@
 Every read bypasses the page cache (O_DIRECT, F_NOCACHE on macOS), so nothing is ever warm but what the budget holds;
 no cache is dropped and no privilege is needed. Where the filesystem refuses direct I/O the head says `buffered` and
 the figures mean little. Each way decodes the same tokens of one text (teacher-forced), after a few uncounted ones that
-fill the window. GB/s is bytes read by wall time of a token; `of disk` sets it beside the rate at which the same
-reader reads the same files sequentially in this run, the best of four measurements between the ways.
+fill the window. Times are those of the median token, and the mean stands beside; on a machine with neighbours, let the
+ways take turns (--rounds 3). GB/s is bytes read by time of a token; `of disk` sets it beside the rate at which the same
+reader reads the same files sequentially in this run, the best quarter second of measurements between the ways
+(or a way's own rate where that is higher: a shared disk changes by the second).
 
 Does not show: quality (a random bundle has none; the story model's is in its manifest), prompts, long generations, or
 another machine. With --trace the predictor's answer is replaced by a trace's (trace.py), and the predictor, where the
@@ -25,7 +27,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from trace import Trace, replay, stand_before_ffns, synthetic
@@ -78,7 +80,18 @@ class Outcome:
 
     @property
     def per_token(self) -> float:
-        return float(np.mean(self.seconds))
+        return float(np.median(self.seconds))
+
+    @property
+    def rate(self) -> float:
+        """GB/s."""
+        return self.bytes_per_token / self.per_token / 1e9
+
+    @classmethod
+    def pooled(cls, rounds: list["Outcome"]) -> "Outcome":
+        """One outcome of several rounds of the same way: all their tokens, and the means of what is per token."""
+        values = {f.name: float(np.mean([getattr(o, f.name) for o in rounds])) for f in fields(cls)[3:]}
+        return cls(rounds[0].mode, rounds[0].said, [s for o in rounds for s in o.seconds], **values)
 
 
 class Rereader:
@@ -212,33 +225,40 @@ def run_flash(
         return decode(model, tokens, warm, "flash"), model.flash.describe()
 
 
-def sequential_rate(bundle: Bundle, budget_s: float = 1.0) -> float:
-    """GB/s at which our reader reads the bundle's own files in order, direct, two batches of blocks in flight."""
+def sequential_rate(bundle: Bundle, seconds: float = 1.5, slice_s: float = 0.25) -> float:
+    """GB/s at which our reader reads the bundle's own files in order, direct: the best slice of `seconds`.
+
+    Four batches are in flight, and files follow each other without a pause.
+    """
     reader = make_reader()
-    batch = 4 * BLOCK_BYTES
-    buffers = [host_memory(batch) for _ in range(2)]
-    done, pending, i = 0, [], 0
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < budget_s:
-        for index in range(bundle.num_layers):
-            path = bundle.layer_path(index)
-            file, size = File(path, direct=True), path.stat().st_size // PAGE * PAGE
-            for first in range(0, size, batch):
-                offsets = np.arange(first, min(first + batch, size), BLOCK_BYTES)
-                lengths = np.minimum(BLOCK_BYTES, size - offsets)
-                if len(pending) == 2:
-                    pending.pop(0).wait()
-                spans = np.stack([offsets, offsets - first, lengths], axis=1).astype(np.uint64)
-                pending.append(reader.submit(file, spans, buffers[i % 2]))
-                done, i = done + int(lengths.sum()), i + 1
-            while pending:
-                pending.pop(0).wait()
-            file.close()
-            if time.perf_counter() - begin > budget_s:
-                break
-    rate = done / (time.perf_counter() - begin) / 1e9
+    files = [File(path, direct=True) for path in (bundle.layer_path(i) for i in range(bundle.num_layers))]
+    blocks = [
+        (file, offset, min(BLOCK_BYTES, size - offset))
+        for file, size in ((f, Path(f.path).stat().st_size // PAGE * PAGE) for f in files)
+        for offset in range(0, size, BLOCK_BYTES)
+    ]
+    buffers = [host_memory(BLOCK_BYTES) for _ in range(4)]
+    pending: list[tuple[Any, int]] = []
+    best = 0.0
+    end = time.perf_counter() + seconds
+    begin, done, i = time.perf_counter(), 0, 0
+    while begin < end:
+        if len(pending) == len(buffers):
+            ticket, length = pending.pop(0)
+            ticket.wait()
+            done += length
+        file, offset, length = blocks[i % len(blocks)]
+        span = np.array([[offset, 0, length]], np.uint64)
+        pending.append((reader.submit(file, span, buffers[i % len(buffers)]), length))
+        i += 1
+        now = time.perf_counter()
+        if now - begin >= slice_s:
+            best = max(best, done / (now - begin) / 1e9)
+            begin, done = now, 0
     reader.close()
-    return rate
+    for file in files:
+        file.close()
+    return best
 
 
 def text_tokens(bundle: Bundle, count: int) -> np.ndarray:
@@ -247,26 +267,27 @@ def text_tokens(bundle: Bundle, count: int) -> np.ndarray:
 
 
 def table(outcomes: list[Outcome], disk: float) -> str:
-    head = ("", "tokens/s", "ms/token", "median", "MB/token", "reads/token", "GB/s", "of disk", "FFN held", "vs naive")
+    head = ("", "tokens/s", "ms/token", "mean", "MB/token", "reads/token", "GB/s", "of disk", "FFN held", "vs naive")
     lines = ["{:<8}{:>10}{:>10}{:>8}{:>10}{:>13}{:>7}{:>9}{:>10}{:>10}".format(*head)]
     slow = outcomes[0].per_token
     for o in outcomes:
-        rate = o.bytes_per_token / o.per_token / 1e9
         lines.append(
-            f"{o.mode:<8}{1 / o.per_token:>10.2f}{1e3 * o.per_token:>10.1f}{1e3 * np.median(o.seconds):>8.1f}"
-            f"{o.bytes_per_token / 1e6:>10.1f}{o.reads_per_token:>13.0f}{rate:>7.2f}{rate / disk:>9.0%}"
+            f"{o.mode:<8}{1 / o.per_token:>10.2f}{1e3 * o.per_token:>10.1f}{1e3 * np.mean(o.seconds):>8.1f}"
+            f"{o.bytes_per_token / 1e6:>10.1f}{o.reads_per_token:>13.0f}{o.rate:>7.2f}{o.rate / disk:>9.0%}"
             f"{o.held_share:>10.1%}{slow / o.per_token:>9.1f}x"
         )
     return "\n".join(lines)
 
 
 def where_time_went(o: Outcome) -> str:
-    rest = o.per_token - o.flash_s - o.manage_s - o.predict_s
+    rest = float(np.mean(o.seconds)) - o.flash_s - o.manage_s - o.predict_s
     parts = {"waiting for reads": o.flash_s, "window": o.manage_s, "predicting": o.predict_s, "computing": rest}
-    return f"{o.mode}: " + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in parts.items()) + " per token"
+    return f"{o.mode}: " + ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in parts.items()) + " per token, means"
 
 
-def to_json(outcomes: list[Outcome], disk: float, args: argparse.Namespace, model_bytes: int) -> str:
+def to_json(
+    outcomes: list[Outcome], disk: float, rates: list[float], args: argparse.Namespace, model_bytes: int
+) -> str:
     rows = [
         {
             "mode": o.mode,
@@ -274,11 +295,11 @@ def to_json(outcomes: list[Outcome], disk: float, args: argparse.Namespace, mode
             "tokens": len(o.seconds),
             "tokens_per_s": 1 / o.per_token,
             "ms_per_token": 1e3 * o.per_token,
-            "ms_median": 1e3 * float(np.median(o.seconds)),
+            "ms_mean": 1e3 * float(np.mean(o.seconds)),
             "ms_sd": 1e3 * float(np.std(o.seconds)),
             "bytes_per_token": o.bytes_per_token,
             "reads_per_token": o.reads_per_token,
-            "gb_s": o.bytes_per_token / o.per_token / 1e9,
+            "gb_s": o.rate,
             "held_share": o.held_share,
             "flash_ms": 1e3 * o.flash_s,
             "manage_ms": 1e3 * o.manage_s,
@@ -288,9 +309,15 @@ def to_json(outcomes: list[Outcome], disk: float, args: argparse.Namespace, mode
         }
         for o in outcomes
     ]
-    head = {"bundle": args.bundle.name, "memory": args.memory, "model_bytes": model_bytes, "disk_sequential_gb_s": disk}
+    head = {
+        "bundle": args.bundle.name,
+        "memory": args.memory,
+        "model_bytes": model_bytes,
+        "disk_gb_s": disk,
+        "sequential_gb_s": rates,
+    }
     head |= {"load_average": os.getloadavg()[0]}
-    return json.dumps({**head, "trace": args.trace, "rows": rows})
+    return json.dumps({**head, "trace": args.trace, "rounds": args.rounds, "rows": rows})
 
 
 def main() -> None:
@@ -303,6 +330,7 @@ def main() -> None:
     parser.add_argument(
         "--trace", nargs="?", const="synthetic", help="replay a trace: a file, or the published figures"
     )
+    parser.add_argument("--rounds", type=int, default=1, help="turns of the three ways, for noisy machines")
     parser.add_argument("--context", type=int, help="tokens of key-value cache in the budget (default: as many as run)")
     args = parser.parse_args()
     try:
@@ -330,24 +358,26 @@ def run(args: argparse.Namespace) -> None:
     cold = "direct reads: cold, the page cache is bypassed" if probe.direct else "BUFFERED READS: NOT COLD"
     probe.close()
     print(f"{args.bundle.name}: {format_bytes(model_bytes)}, budget {args.memory}; {cold}")
-    rates = [sequential_rate(bundle)]
-    outcomes = [run_naive(bundle, args.memory, tokens[: few + 1], 1, args.context)]
-    rates.append(sequential_rate(bundle))
-    outcomes.append(run_hybrid(bundle, args.memory, tokens[: few + 1], 1, args.context))
-    rates.append(sequential_rate(bundle))
-    flash, plan = run_flash(bundle, args.memory, tokens, args.warm, args.context, trace)
-    outcomes.append(flash)
-    rates.append(sequential_rate(bundle))
-    disk = max(rates)
+    rates, rounds, plan = [sequential_rate(bundle)], [], ""
+    for _ in range(args.rounds):
+        row = [run_naive(bundle, args.memory, tokens[: few + 1], 1, args.context)]
+        rates.append(sequential_rate(bundle))
+        row.append(run_hybrid(bundle, args.memory, tokens[: few + 1], 1, args.context))
+        rates.append(sequential_rate(bundle))
+        flash, plan = run_flash(bundle, args.memory, tokens, args.warm, args.context, trace)
+        rates.append(sequential_rate(bundle))
+        rounds.append([*row, flash])
+    outcomes = [Outcome.pooled(list(way)) for way in zip(*rounds, strict=True)]
+    disk = max(rates + [o.rate for o in outcomes])
     print(plan)
-    print(f"flash is {flash.said}" + (f" ({trace.note})" if trace else ""))
-    print(f"disk, sequential, same reader, between the runs: {', '.join(f'{r:.2f}' for r in rates)} GB/s")
+    print(f"flash is {outcomes[-1].said}" + (f" ({trace.note})" if trace else ""))
+    print(f"disk, sequential, same reader, between the ways: {', '.join(f'{r:.2f}' for r in rates)} GB/s")
     print(f"other load: {os.getloadavg()[0]:.1f} programs wanting {os.cpu_count()} cores, ours included\n")
     print(table(outcomes, disk))
     print()
     for o in outcomes:
         print(where_time_went(o))
-    print(to_json(outcomes, disk, args, model_bytes))
+    print(to_json(outcomes, disk, rates, args, model_bytes))
 
 
 if __name__ == "__main__":

@@ -65,47 +65,44 @@ def stream_generate(
     detokenizer.reset()
     sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
     start = time.perf_counter()
-    complete = False
-    try:
-        _prefill(model, tokens[:-1], prompt_cache, prompt_progress_callback)
-        before, begin = flash.snapshot(), time.perf_counter()
-        current, seen, first = tokens[-1], mx.array(tokens), 0.0
-        for n in range(1, limit + 1):
-            logits = model(mx.array([[current]]), cache=prompt_cache)[:, -1, :]
-            for processor in logits_processors or ():
-                logits = processor(seen, logits)
-            logprobs = logits - mx.logsumexp(logits, keepdims=True)
-            current = int(sampler(logprobs).item())  # type: ignore[arg-type]
-            if logits_processors:
-                seen = mx.concatenate([seen, mx.array([current])])
-            now = time.perf_counter()
-            first = first or now
-            stop = current in tokenizer.eos_token_ids
-            if not stop:
-                detokenizer.add_token(current)
-            reason = "stop" if stop else "length" if n == limit else None
-            if reason:
-                detokenizer.finalize()
-            yield FlashResponse(
-                text=detokenizer.last_segment,
-                token=current,
-                logprobs=logprobs.squeeze(0),
-                from_draft=False,
-                prompt_tokens=len(tokens),
-                prompt_tps=len(tokens) / (first - start),
-                generation_tokens=n,
-                generation_tps=n / (now - begin),
-                peak_memory=mx.get_peak_memory() / 1e9,
-                finish_reason=reason,
-                flash=flash.stats(before, n),
-                ttft_s=first - start,
-            )
-            if reason:
-                break
-        complete = True
-    finally:
-        if not complete and not flash.closed:
-            flash.forget(discard=True)
+    _prefill(model, tokens[:-1], prompt_cache, prompt_progress_callback)
+    before, begin = flash.snapshot(), time.perf_counter()
+    current, seen, first = tokens[-1], mx.array(tokens), 0.0
+    for n in range(1, limit + 1):
+        logits = model(mx.array([[current]]), cache=prompt_cache)[:, -1, :]
+        for processor in logits_processors or ():
+            logits = processor(seen, logits)
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        current = int(sampler(logprobs).item())  # type: ignore[arg-type]
+        if logits_processors:
+            seen = mx.concatenate([seen, mx.array([current])])
+        now = time.perf_counter()
+        if not first:
+            first = now
+            if prompt_progress_callback:
+                prompt_progress_callback(len(tokens), len(tokens))
+        stop = current in tokenizer.eos_token_ids
+        if not stop:
+            detokenizer.add_token(current)
+        reason = "stop" if stop else "length" if n == limit else None
+        if reason:
+            detokenizer.finalize()
+        yield FlashResponse(
+            text=detokenizer.last_segment,
+            token=current,
+            logprobs=logprobs.squeeze(0),
+            from_draft=False,
+            prompt_tokens=len(tokens),
+            prompt_tps=len(tokens) / (first - start),
+            generation_tokens=n,
+            generation_tps=n / (now - begin),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=reason,
+            flash=flash.stats(before, n),
+            ttft_s=first - start,
+        )
+        if reason:
+            break
 
 
 def generate(model: FlashModel, tokenizer: Any, prompt: Any, verbose: bool = False, **kwargs: Any) -> str:

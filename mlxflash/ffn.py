@@ -40,6 +40,10 @@ class Blocks:
             landing.wait()
             self._landing = None
 
+    def reset(self) -> None:
+        """Forget a read that is known to have come to rest."""
+        self._landing = None
+
     def drain(self) -> None:
         """Let a read that an abandoned stream left behind come to rest."""
         try:

@@ -34,10 +34,10 @@ def find_bundle(
 
     Raises ValueError with one sentence when there is no such model or it cannot be converted.
     """
-    if str(name) == "story":
-        return STORY
-    path = Path(name)
+    path = STORY if str(name) == "story" else Path(name)
     if (path / "manifest.json").is_file():
+        if dtype or bits:
+            raise ValueError(f"{path}: is a bundle already; dtype and bits are chosen when a checkpoint is converted")
         return path
     if path.exists():
         return _converted(path, str(path.resolve()), path.resolve().name, dtype, bits, progress, say)

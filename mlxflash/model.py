@@ -66,6 +66,16 @@ class FlashModel(nn.Module):
 
     flash: "Flash"
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the family's model; first sweeps up after a pass that did not reach its end."""
+        flash = self.flash
+        if flash.torn:
+            flash.forget()
+        flash.torn = True
+        logits = super().__call__(*args, **kwargs)
+        flash.torn = False
+        return logits
+
     def close(self) -> None:
         """Release descriptors, threads and pools; the model cannot compute afterwards. Safe to call twice."""
         self.flash.close()
@@ -84,7 +94,9 @@ class Flash:
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
+        self.stagings: list[Staging] = []
         self.times = Times()
+        self.torn = False  # a pass was begun and did not end: an interrupt or a failed read cut it off
         self.closed = False
         self._finalizer = weakref.finalize(self, _release, reader, self.files)
 
@@ -128,20 +140,30 @@ class Flash:
     def held_share(self) -> float:
         return sum(layer.window.num_rows for layer in self.layers) / sum(layer.units for layer in self.layers)
 
-    def forget(self, discard: bool = False) -> None:
+    def forget(self) -> None:
         """Start windows afresh, as after loading, so that what follows does not depend on what came before.
 
-        `discard` also drops unfinished computations: for use after a forward pass that was cut off.
+        After a torn pass nothing is trusted: an interrupt may have come between any two steps of it.
         """
-        self.reader.drain()
+        torn, self.torn = self.torn, True
+        if torn:
+            self.reader.restart()
+            for staging in self.stagings:
+                staging.user = None
+        else:
+            self.reader.drain()
         for layer in self.layers:
-            layer.blocks.drain()
             layer.ticket = None
-            if layer.predictor is not None and layer.window.num_rows < layer.units:
-                layer.window.clear(discard)
+            if torn:
+                layer.blocks.reset()
+                layer.rows.settle(discard=True)
+                if layer.predictor is not None:
+                    layer.window.reset()
             else:
-                layer.window.drain()
-                layer.rows.settle(discard)
+                layer.blocks.drain()
+                if layer.predictor is not None:
+                    layer.window.clear()
+        self.torn = False
 
     def close(self) -> None:
         if not self.closed:
@@ -230,10 +252,10 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        staging = Staging(plan.staging_bytes)
+        staging, *others = flash.stagings = [Staging(plan.staging_bytes) for _ in range(3)]
         blocks = None
         if not plan.whole:
-            pair = [backend.rows(ffn, plan.block_units, Staging(plan.staging_bytes)) for _ in range(2)]
+            pair = [backend.rows(ffn, plan.block_units, other) for other in others]
             blocks = Blocks((pair[0], pair[1]), max(1, (256 << 10) // manifest.record.stride))
         for i, entry in enumerate(manifest.layers):
             file = File(bundle.layer_path(i), direct)

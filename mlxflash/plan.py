@@ -86,11 +86,11 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
 
     Raises BudgetError, naming the smallest budget that would work.
     """
+    whole = _whole(sizes, context)
     if memory is None:
-        memory = min(_whole(sizes, context, 1 << 30).memory, int(AUTO_SHARE * available_memory()))
-    bare = _whole(sizes, context, 0).memory
-    if memory >= bare:
-        return replace(_whole(sizes, context, memory - bare), memory=memory)
+        memory = min(whole.memory, int(AUTO_SHARE * available_memory()))
+    if memory >= whole.memory:
+        return replace(whole, memory=memory)
     slots = sum(min(MIN_SLOTS, n) for n in sizes.units)
     least = sizes.resident + sizes.predictor + context * sizes.kv_token + slots * sizes.slot
     least += sum(_reserves(sizes, context, 0).values())
@@ -135,32 +135,29 @@ def _reserves(sizes: Sizes, context: int, spare: int) -> dict[str, int]:
     }
 
 
-def _whole(sizes: Sizes, context: int, spare: int) -> Plan:
-    """Everything held, `spare` bytes beyond what that needs: no predictor and no blocks, staging only while loading."""
-    pools = sum(sizes.units) * sizes.slot
-    widest = max(sizes.units) * sizes.activation_item  # a held layer's activations are as wide as the layer
-    most = _activations(sizes, PREFILL_TOKENS[0], context) + PREFILL_TOKENS[0] * widest
-    least = _activations(sizes, PREFILL_TOKENS[-1], context) + PREFILL_TOKENS[-1] * widest
-    activations = min(most, least + spare // 2)
-    fits = [t for t in PREFILL_TOKENS if _activations(sizes, t, context) + t * widest <= activations]
-    staging = min(MOST_BLOCK_BYTES, LEAST_BLOCK_BYTES + spare // 64) + _least_staging(sizes)
-    cache = min(16 << 20, (1 << 20) + spare // 64)
-    kv = context * sizes.kv_token
+def _whole(sizes: Sizes, context: int) -> Plan:
+    """Everything held: no predictor and no blocks, long prompt chunks, staging only while loading."""
+    prefill = min(PREFILL_TOKENS[0], max(PREFILL_TOKENS[-1], context))
+    pools, kv = sum(sizes.units) * sizes.slot, context * sizes.kv_token
+    # A held layer's activations are as wide as the layer.
+    activations = _activations(sizes, prefill, context) + prefill * max(sizes.units) * sizes.activation_item
+    buffer = MOST_BLOCK_BYTES + _least_staging(sizes)
+    staging, cache = buffer if sizes.staged else 0, 16 << 20
     return Plan(
-        memory=sizes.resident + kv + activations + (staging if sizes.staged else 0) + cache + pools,
+        memory=sizes.resident + kv + activations + staging + cache + pools,
         resident=sizes.resident,
         predictor=0,
         kv=kv,
         activations=activations,
         blocks=0,
-        staging=staging if sizes.staged else 0,
+        staging=staging,
         cache=cache,
         pools=pools,
         capacities=sizes.units,
         units=sizes.units,
         block_units=0,
-        staging_bytes=staging,
-        prefill_tokens=fits[0],
+        staging_bytes=buffer,
+        prefill_tokens=prefill,
         context=context,
         whole=True,
     )

@@ -9,9 +9,10 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -65,21 +66,38 @@ class File:
 class Ticket:
     """A batch under way. `wait` returns when no read of it can touch the destination any more."""
 
-    def __init__(self, futures: "list[Future[None]]"):
-        self._futures = futures
+    def __init__(self, jobs: int):
+        self._jobs = jobs
+        self._results: dict[int, Exception | None] = {}
+        self._news: SimpleQueue[None] = SimpleQueue()
+
+    def end(self, job: int, error: Exception | None) -> None:
+        """Called by the thread that did a job."""
+        self._results[job] = error
+        self._news.put(None)
+
+    @property
+    def done(self) -> bool:
+        return len(self._results) == self._jobs
+
+    def settle(self) -> None:
+        """As wait, silent about errors."""
+        while not self.done:
+            self._news.get()
 
     def wait(self) -> None:
         """Raises the ReadError of the batch's first span that failed, after every read has come to rest."""
-        wait(self._futures)
-        for future in self._futures:
-            if (error := future.exception()) is not None:
+        self.settle()
+        for job in range(self._jobs):
+            if (error := self._results[job]) is not None:
                 raise error
 
 
 class Reader:
-    """The Python engine: a thread pool of `preadv`, which releases the GIL.
+    """The Python engine: threads that call `preadv`, which releases the GIL.
 
-    `num_reads` and `num_bytes` count what was asked of the operating system since the reader was made.
+    `num_reads` and `num_bytes` count what was asked of the operating system since the reader was made. Queues carry
+    the jobs because they survive an interrupt at any moment, which the locks of concurrent.futures do not.
     """
 
     engine = "python"
@@ -88,15 +106,18 @@ class Reader:
         self.threads = threads
         self.num_reads = 0
         self.num_bytes = 0
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "mlxflash-read")
-        self._running: list[Future[None]] = []
+        self.closed = False
+        self._jobs: SimpleQueue[Any] = SimpleQueue()
+        self._workers: list[threading.Thread] = []
+        self._running: list[Ticket] = []
+        self._start()
 
     def submit(self, file: File, spans: np.ndarray, dest: memoryview) -> Ticket:
         """Start reading `spans`, uint64 [n, 3], into `dest` (writable bytes), which must live until `wait`.
 
         Raises ValueError when a span does not lie in `dest`.
         """
-        if self._pool is None:
+        if self.closed:
             raise ValueError("the reader is closed")
         if len(spans) and int((spans[:, 1] + spans[:, 2]).max()) > dest.nbytes:
             raise ValueError(f"a span ends beyond its destination of {dest.nbytes} bytes")
@@ -104,27 +125,62 @@ class Reader:
         self.num_bytes += int(spans[:, 2].sum())
         pieces = [piece for span in spans.tolist() for piece in _cut(*span)]
         share = max(1, -(-len(pieces) // self.threads))
-        jobs = [pieces[i : i + share] for i in range(0, len(pieces), share)]
-        futures: list[Future[None]] = []
-        self._running = [f for f in self._running if not f.done()]
-        for job in jobs:
-            futures.append(self._pool.submit(_read, file, job, dest))
-            self._running.append(futures[-1])
-        return Ticket(futures)
-
-    @property
-    def closed(self) -> bool:
-        return self._pool is None
+        starts = range(0, len(pieces), share)
+        ticket = Ticket(len(starts))
+        self._running = [t for t in self._running if not t.done] + [ticket]
+        for job, start in enumerate(starts):
+            self._jobs.put((ticket, job, file, pieces[start : start + share], dest))
+        return ticket
 
     def drain(self) -> None:
         """Let every read under way come to rest, whoever asked for it."""
-        wait(self._running)
+        for ticket in self._running:
+            ticket.settle()
+
+    def restart(self) -> None:
+        """As drain, for reads too that nobody knows of since an interrupt; none of their tickets may be waited for."""
+        self._stop()
+        self._start()
 
     def close(self) -> None:
         """Let every read come to rest and end the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
+        self.closed = True
+        self._stop()
+
+    def _start(self) -> None:
+        self._running = []
+        self._workers = [threading.Thread(target=_work, args=(self._jobs,), daemon=True) for _ in range(self.threads)]
+        for worker in self._workers:
+            worker.start()
+
+    def _stop(self) -> None:
+        while not self._jobs.empty():
+            with contextlib.suppress(Empty):
+                if job := self._jobs.get_nowait():
+                    job[0].end(job[1], ReadError(errno.ECANCELED, "cancelled", job[2].path, 0, 0))
+        for _ in self._workers:
+            self._jobs.put(None)
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
+
+
+def _work(jobs: "SimpleQueue[Any]") -> None:
+    while _serve(jobs.get()):
+        pass
+
+
+def _serve(item: Any) -> bool:
+    """Do one job, None being the sign to stop; its memory is let go of before the next one is waited for."""
+    if item is None:
+        return False
+    ticket, job, file, pieces, dest = item
+    try:
+        _read(file, pieces, dest)
+        ticket.end(job, None)
+    except Exception as error:
+        ticket.end(job, error)
+    return True
 
 
 def _cut(offset: int, at: int, length: int) -> list[tuple[int, int, int]]:
@@ -213,6 +269,12 @@ class NativeReader:
         for ticket in list(self._running.values()):
             with contextlib.suppress(ReadError):
                 ticket.wait()
+
+    def restart(self) -> None:
+        """As Reader.restart."""
+        old, self._core = self._core, core.Reader(self.threads, self.engine, RING_DEPTH)
+        old.close()
+        self._running = {}
 
     def close(self) -> None:
         """As Reader.close."""

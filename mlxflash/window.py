@@ -177,12 +177,18 @@ class Window:
         self._assign(ids, slots)
         self._ring.use(slots, tokens)
 
-    def clear(self, discard: bool = False) -> None:
-        """Forget all rows. `discard` drops unfinished computations on them too, as after a failed pass."""
+    def clear(self) -> None:
+        """Forget all rows."""
         self.drain()
-        self._rows.settle(discard)
+        self._rows.settle()
         self.slot_of[self.unit_at[: self.num_rows]] = -1
         self.unit_at[: self.num_rows] = -1
+        self.num_rows = 0
+
+    def reset(self) -> None:
+        """Forget all, whatever state an interrupted call left; no read may be under way."""
+        self._pending = None
+        self.slot_of[:] = self.unit_at[:] = -1
         self.num_rows = 0
 
     def drain(self) -> None:

@@ -1,8 +1,12 @@
 """The Python interface: mlx-lm's shapes, and a model that stays right whatever becomes of a generation."""
 
+import collections
 import contextlib
+import gc
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +23,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from build import BACKENDS, Shape, prompt_of
 from mlxflash import generate, load, stream_generate
 from mlxflash.model import load_bundle
+from mlxflash.reader import ENGINES, make_reader
 
 PROMPT = prompt_of(20)
 SMALL = "2.3MB"  # of the tiny bundle: streams, and holds some of it
@@ -162,16 +167,18 @@ def test_equal_calls_give_equal_tokens(tiny, predictor, memory):
         assert tokens_of(model, tokenizer) == one
 
 
-def test_equal_calls_give_equal_logits_where_some_layers_fit_whole(library):
+def test_equal_calls_give_equal_logits_where_a_layer_fits_whole(library, tmp_path):
     """Rows that an earlier generation left behind would make the next one's estimates better."""
-    path = library.bundle(Shape(layers=3, ffn=2048))
-    for memory in range(3_500_000, 6_000_000, 250_000):
-        with load_bundle(path, memory=memory, predictor="low-bit", max_kv_size=CONTEXT) as model:
-            tokenizer = load(path, memory=memory, max_kv_size=CONTEXT)[1]
-            first, second = (
-                [r.logprobs for r in stream_generate(model, tokenizer, PROMPT, max_tokens=8)] for _ in range(2)
-            )
-            assert all(mx.array_equal(a, b).item() for a, b in zip(first, second, strict=True))
+    path = shutil.copytree(library.bundle(Shape(layers=3, ffn=2048)), tmp_path / "copy")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["calibration"]["demand"] = [2000.0, 50.0, 50.0]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    model, tokenizer = load(path, memory="4MB", max_kv_size=CONTEXT)
+    with model:
+        assert [n == 2048 for n in model.flash.plan.capacities] == [True, False, False]
+        prompt = prompt_of(100)  # streams the first layer in whole
+        first, second = ([r.logprobs for r in stream_generate(model, tokenizer, prompt, max_tokens=8)] for _ in "12")
+        assert all(mx.array_equal(a, b).item() for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(("predictor", "memory"), MODES)
@@ -322,15 +329,143 @@ print(hit)
     ("predictor", "engine", "backend", "direct"),
     [
         ("all", "threads", "native", "buffered"),
-        ("low-bit", "threads", "native", "direct"),
+        ("low-bit", "threads", "native", "buffered"),
         ("low-bit", "io_uring", "parts-alias", "direct"),
         ("low-bit", "python", "parts-copy", "buffered"),
     ],
 )
 def test_interrupts_at_any_moment_leave_no_trace(tiny, predictor, engine, backend, direct):
-    count = 60
+    count = 40
     args = [sys.executable, "-c", INTERRUPTS, tiny, predictor, engine, backend, direct, str(count)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run(args, capture_output=True, text=True, timeout=60, env=env)
     assert run.stderr == ""
     assert int(run.stdout) > count // 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("predictor", ["all", "low-bit"])
+def test_a_read_that_fails_names_its_place_and_the_model_goes_on(tiny, tmp_path, monkeypatch, predictor, engine):
+    path = shutil.copytree(tiny, tmp_path / "copy")
+    monkeypatch.setattr("mlxflash.model.make_reader", lambda **_: make_reader(engine))
+    model, tokenizer = load(path, memory=SMALL, predictor=predictor, max_kv_size=CONTEXT)
+    file = path / "layers/001.bundle"
+    whole = file.read_bytes()
+    with model:
+        want = tokens_of(model, tokenizer)
+        for length in (20_000, 100_000):
+            responses = stream_generate(model, tokenizer, prompt_of(9, seed=3), max_tokens=100)
+            next(responses)
+            os.truncate(file, length)
+            with pytest.raises(OSError, match="the file ends") as caught:
+                collections.deque(responses)
+            error = caught.value
+            assert error.filename == str(file)
+            assert error.offset + error.length > length
+            assert f"{error.length} bytes at offset {error.offset}" in str(error)
+            file.write_bytes(whole)
+            assert tokens_of(model, tokenizer) == want
+
+
+def test_a_closed_model_says_so(tiny):
+    model, tokenizer = load(tiny, memory=SMALL, max_kv_size=CONTEXT)
+    with model:
+        running = stream_generate(model, tokenizer, PROMPT)
+        next(running)
+    model.close()
+    for use in (
+        lambda: next(stream_generate(model, tokenizer, PROMPT)),
+        lambda: generate(model, tokenizer, PROMPT),
+        lambda: model(mx.array([PROMPT])),
+        lambda: next(generate_step(mx.array(PROMPT), model)),
+        lambda: next(running),
+    ):
+        with pytest.raises(ValueError, match="this model is closed; load it again"):
+            use()
+
+
+def test_arguments_that_make_no_sense_are_refused(exact):
+    model, tokenizer = exact
+    for prompt, settings, words in (
+        ([], {}, "prompt is empty"),
+        ("", {}, "prompt is empty"),
+        (PROMPT, {"max_tokens": 0}, "max_tokens 0"),
+        (PROMPT, {"max_tokens": -2}, "max_tokens -2"),
+        (prompt_of(CONTEXT + 1), {}, f"room for {CONTEXT}"),
+        (prompt_of(513), {"max_kv_size": 16}, "room for 512"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tokens_of(model, tokenizer, prompt, **settings)
+    for settings, words in (
+        ({"memory": "2 apples"}, "2 apples"),
+        ({"predictor": "crystal"}, "crystal"),
+        ({"window": 0}, "window 0"),
+        ({"device": "tpu"}, "tpu"),
+        ({"dtype": "float16"}, "is a bundle already"),
+        ({"bits": 4}, "is a bundle already"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(model.flash.bundle.path, **settings)
+
+
+def test_importing_loads_nothing_heavy():
+    code = "import sys, mlxflash; print(mlxflash.__version__, {'mlx', 'numpy', 'mlx_lm'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert run.stdout.endswith(" set()\n")
+    assert run.stderr == ""
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in /proc")
+
+
+def descriptors(under=""):
+    links = (Path(os.readlink(f)) for f in Path("/proc/self/fd").iterdir() if f.is_symlink())
+    return sum(str(link).startswith(str(under)) for link in links)
+
+
+@linux
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_model_holds_one_descriptor_per_layer_file(tiny, tmp_path, direct):
+    path = shutil.copytree(tiny, tmp_path / "copy")
+    model, tokenizer = load(path, memory=SMALL, max_kv_size=CONTEXT, direct=direct)
+    with model:
+        tokens_of(model, tokenizer)
+        assert descriptors(path) == model.flash.bundle.num_layers
+    assert descriptors(path) == 0
+
+
+@linux
+@pytest.mark.parametrize("engine", ENGINES)
+def test_loading_again_and_again_leaves_nothing(tiny, monkeypatch, engine):
+    monkeypatch.setattr("mlxflash.model.make_reader", lambda **_: make_reader(engine))
+
+    def cycle(close):
+        model = load_bundle(tiny, memory=SMALL, max_kv_size=CONTEXT)
+        model(mx.array([PROMPT]))
+        if close:
+            model.close()
+
+    def counts():
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return descriptors(), len(list(Path("/proc/self/task").iterdir())), pages * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(20):
+        cycle(True)
+    before = counts()
+    for i in range(200):
+        cycle(close=i % 2 == 0)  # as good as closing: to drop the last reference
+    after = counts()
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 4e6  # 20 kB per cycle
+
+
+@linux
+def test_a_model_that_cannot_be_loaded_leaves_nothing(tiny, tmp_path):
+    path = shutil.copytree(tiny, tmp_path / "copy")
+    os.truncate(path / "predictors/low-bit/001.safetensors", 1000)
+    before = descriptors(), threading.active_count(), len(list(Path("/proc/self/task").iterdir()))
+    for _ in range(5):
+        with pytest.raises(ValueError, match=r"001\.safetensors"):
+            load(path, memory=SMALL, max_kv_size=CONTEXT)
+    assert (descriptors(), threading.active_count(), len(list(Path("/proc/self/task").iterdir()))) == before

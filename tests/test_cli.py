@@ -252,6 +252,7 @@ def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path
         ([*STORY, "--memory", "0%"], ["0%"]),
         ([*STORY, "--window", "0"], ["window 0"]),
         ([*STORY, "--predictor", "crystal"], ["crystal", "low-bit"]),
+        ([*STORY, "-q", "4"], ["is a bundle already"]),
         ([*STORY, "--exact", "--predictor", "low-bit"], ["--exact", "low-bit"]),
         ([*STORY, "--device", "tpu"], ["tpu", "mlx-cpu"]),
         (["generate", "-p", ""], ["prompt is empty"]),

@@ -7,6 +7,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 
@@ -81,6 +82,7 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None
+    mx.eval(mx.random.state)  # or each model leaves its uncomputed draws of initial weights behind
     return model
 
 
