@@ -86,6 +86,7 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--memory", default=None, help="budget for all but the interpreter: 2GB, or 60%% of the model")
     p.add_argument("--window", type=int, default=None, help="drop units that the last K tokens did not use")
     p.add_argument("--predictor", default=None, choices=["low-bit", "oracle", "all"], help="which units a token needs")
+    p.add_argument("--look-ahead", action="store_true", help="read for the next layer while this one computes")
     p.add_argument("--exact", action="store_true", help="compute every unit: the same as --predictor all")
     p.add_argument("--device", default=None, help="metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
@@ -163,6 +164,7 @@ def run_generate(args: argparse.Namespace) -> None:
         device=args.device,
         max_kv_size=args.max_kv_size or min(positions, len(tokens) + args.max_tokens),
         check_reads=args.check_reads,
+        look_ahead=args.look_ahead,
         bundle=opened,
     )
     with model:

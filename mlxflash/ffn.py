@@ -126,10 +126,19 @@ class FlashFFN(nn.Module):
             times.predict += t3 - t2
             t2 = clock()
             times.manage += t2 - t3
+        y, arriving = None, None
+        if layer.rows.leaves_out_free:  # rows that are here are computed while the others are on their way
+            arriving = layer.window.arriving(ticket)
+            if not arriving.all():
+                y, _ = layer.rows.ffn(x, len(arriving), ~arriving)
+        t2 = clock()
         n = layer.window.ready(ticket)
         times.flash += clock() - t2
         layer.num_decoded += len(x)
-        y, _ = layer.rows.ffn(x, n)
+        if y is None:
+            y, _ = layer.rows.ffn(x, n)
+        elif arriving is not None and arriving.any():
+            y = y + layer.rows.ffn(x, n, arriving)[0]
         while len(ticket.left):  # the pool is smaller than this token: the rest replaces what is computed
             mx.eval(y)
             n = layer.window.next(ticket)

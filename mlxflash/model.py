@@ -189,7 +189,7 @@ def load_bundle(
     margin: float = MARGIN,
     check_reads: bool = False,
     direct: bool | None = None,
-    look_ahead: bool | None = None,
+    look_ahead: bool = False,
     backend: Backend | None = None,
     bundle: Bundle | None = None,
 ) -> FlashModel:
@@ -201,7 +201,8 @@ def load_bundle(
     `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted). max_kv_size: tokens
     of key-value cache to plan for. margin: in standard errors of the low-bit estimate. check_reads: compare every
     record read with its checksum.
-    look_ahead: ask for the next layer's units while this one computes (None: when reads are direct).
+    look_ahead: ask for the next layer's units while this one computes; off, since at the precision that a training-free
+    estimate has a layer early the wasted reads cost more than the wait they hide (RESULTS.md).
     direct: bypass the page cache (None: when the bundle is larger than half the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -279,7 +280,7 @@ def load_bundle(
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
-        if direct if look_ahead is None else look_ahead:
+        if look_ahead:
             _link(model, flash.layers, family, config)
     except BaseException:
         flash.close()

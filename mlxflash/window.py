@@ -127,6 +127,13 @@ class Window:
         """Start bringing `more_ids` for the ticket's token too, those not on their way already."""
         self._bring(ticket, more_ids)
 
+    def arriving(self, ticket: Ticket) -> np.ndarray:
+        """Which of rows [0, num_rows) are still on their way, bool; all of them where `ready` may yet move rows."""
+        on = np.full(self.num_rows, len(ticket.dead) > 0)
+        for slots in ticket.slots:
+            on[slots] = True
+        return on
+
     def next(self, ticket: Ticket) -> int:
         """Replace all rows by the next of `ticket.left` and return their number; the caller has used the others."""
         ids, ticket.left = ticket.left[: self.capacity], ticket.left[self.capacity :]

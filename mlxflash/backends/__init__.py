@@ -67,6 +67,7 @@ class Rows(Protocol):
     """Slots for units of one layer and the FFN on them. The window's view of it is `window.Rows`."""
 
     capacity: int
+    leaves_out_free: bool  # whether rows that `ffn` leaves out cost nothing and are not even read
 
     def land(self, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray) -> Landing: ...
 

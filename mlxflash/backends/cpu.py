@@ -142,6 +142,8 @@ def _rows_of(array: mx.array | HostArray, ids: np.ndarray) -> mx.array:
 class NativeRows:
     """Record-shaped rows in host memory; see backends.Rows. Results are there when `ffn` returns."""
 
+    leaves_out_free = True
+
     def __init__(self, ffn: FFN, capacity: int, staging: Staging):
         self.capacity = capacity
         self._ffn = ffn

@@ -108,6 +108,8 @@ class MLXBackend:
 class MLXRows:
     """Rows of units in MLX arrays; see backends.Rows."""
 
+    leaves_out_free = False
+
     def __init__(self, ffn: FFN, capacity: int, staging: Staging, record_rows: bool, alias: bool):
         self.capacity = capacity
         self._ffn, self._alias = ffn, alias
