@@ -151,7 +151,7 @@ def test_refused_budgets_name_one_that_works(name, context):
 
 def test_a_model_that_streaming_makes_no_smaller():
     """Buffers and a predictor may outweigh what they save; the budget named is then the whole model's."""
-    sizes = replace(TINY, units=(64, 64), predictor=300 * KB)
+    sizes = replace(TINY, units=(64, 64), predictor=100 * MB)
     least = smallest(sizes, 512)
     assert make_plan(sizes, least, 512).whole
     with pytest.raises(BudgetError):
