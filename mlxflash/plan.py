@@ -95,6 +95,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
     least = sizes.resident + sizes.predictor + context * sizes.kv_token + slots * sizes.slot
     least += sum(_reserves(sizes, context, 0).values())
     if memory < least:
+        least = min(least, whole.memory)  # buffers and a predictor may outweigh what streaming saves
         raise BudgetError(
             f"a memory budget of {format_bytes(memory)} cannot work for this model: "
             f"the smallest that would is {format_bytes(_round_up(least))}"
