@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -77,6 +77,12 @@ def command(capfd, monkeypatch, tmp_path):
         return Run(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="module")
+def bundle(library):
+    """A tiny bundle that streams within 2.5 MB."""
+    return library.bundle(Shape(ffn=2048))
 
 
 @pytest.fixture
@@ -148,7 +154,7 @@ def test_every_way_to_compute_exactly_gives_one_text(command):
         for more in (
             [],
             ["--exact", "--memory", "20MB"],
-            ["--predictor", "oracle", "--memory", "26MB"],
+            ["--predictor", "oracle", "--memory", "22MB"],
             ["--exact", "--memory", "20MB", "--device", "mlx-cpu"],
             ["--exact", "--memory", "20MB", "--check-reads"],
         )
@@ -278,8 +284,8 @@ def test_a_wrong_option_is_refused(command, args, words):
 
 
 @pytest.mark.parametrize("context", [8, 40, 77, 120, 250])
-def test_the_smallest_budget_named_works(command, library, context):
-    args = (*generate(library.bundle(), "--max-kv-size", context), "--memory")
+def test_the_smallest_budget_named_works(command, bundle, context):
+    args = (*generate(bundle, "--max-kv-size", context), "--memory")
     run = command(*args, "1kB")
     refused(run, "1.0 kB cannot work", "smallest")
     smallest = run.err.split("smallest that would is ")[1].split(" (")[0]
@@ -426,17 +432,17 @@ BUNDLE_DAMAGE = {
 
 
 @pytest.mark.parametrize("name", BUNDLE_DAMAGE)
-def test_a_damaged_bundle_is_refused(command, copy, library, name):
+def test_a_damaged_bundle_is_refused(command, copy, bundle, name):
     damage, words = BUNDLE_DAMAGE[name]
-    bundle = copy(library.bundle())
+    bundle = copy(bundle)
     damage(bundle)
-    refused(command(*generate(bundle, "--memory", "2MB")), *words)
+    refused(command(*generate(bundle, "--memory", "2.5MB")), *words)
 
 
 @pytest.fixture
-def flipped(copy, library):
+def flipped(copy, bundle):
     """A bundle with one bit of one record of the second layer flipped, and its file, record and byte."""
-    bundle = copy(library.bundle())
+    bundle = copy(bundle)
     manifest = json.loads((bundle / "manifest.json").read_text())
     file, record = bundle / "layers/001.bundle", 77
     at = 16384 + record * manifest["record"]["stride"]
@@ -458,7 +464,7 @@ def test_verify_names_the_damaged_record(command, flipped):
 
 def test_check_reads_stops_at_the_damaged_record(command, flipped):
     bundle, file, record, at = flipped
-    for memory in ([], ["--memory", "2MB"]):
+    for memory in ([], ["--memory", "2.5MB"]):
         run = command(*generate(bundle, "-p", "It was the best of times", "--check-reads", *memory))
         refused(run, file, f"record {record}", f"offset {at}")
 
@@ -496,8 +502,8 @@ def test_a_chat_template_is_applied_unless_told_otherwise(command, copy, library
 
 def test_a_model_without_a_predictor_says_so(command, library, tmp_path):
     bundle = tmp_path / "made"
-    odd = replace(Shape(), d_model=48, heads=4)
+    odd = Shape(d_model=48, ffn=2048)
     assert command("convert", library.checkpoint(odd), bundle).code == 0
-    assert command(*generate(bundle, "--memory", "2MB")).err.startswith("Mode: exact\n")
+    assert command(*generate(bundle, "--memory", "2.5MB")).err.startswith("Mode: exact\n")
     refused(command(*generate(bundle, "--predictor", "low-bit")), "no low-bit predictor")
     refused(command("calibrate", bundle), "no low-bit predictor")
