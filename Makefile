@@ -1,12 +1,14 @@
 # Two commands that need nothing but make and Python >= 3.11: `make demo` and `make test`.
 
 PYTHON ?= python3
+COMMA := ,
 VENV := .venv
 BIN := $(VENV)/bin
-comma := ,
-EXTRA := $(if $(filter Linux,$(shell uname -s)),cpu$(comma),)
+LINUX := $(filter Linux,$(shell uname -s))
+RUN_EXTRA := $(if $(LINUX),[cpu])
+TEST_EXTRA := $(if $(LINUX),[cpu$(COMMA)test],[test])
 
-.PHONY: demo test check clean
+.PHONY: demo test clean
 
 demo: $(VENV)/installed
 	@$(BIN)/mlxflash generate --prompt "Once upon a time" --memory 20MB --temp 0.8 --seed 7 --max-tokens 120
@@ -24,11 +26,11 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: pyproject.toml $(wildcard mlxflash/_native/*.[ch]) | $(VENV)/bin/python
 	@echo "Installing mlxflash into $(VENV) (once, a minute or two) ..."
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(EXTRA)]'
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.$(RUN_EXTRA)'
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[$(EXTRA)test]'
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.$(TEST_EXTRA)'
 	@touch $@
 
 clean:
