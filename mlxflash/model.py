@@ -4,6 +4,7 @@ The model class comes from the family table, its FFNs are replaced by FlashFFN b
 else is resident. `model.flash` holds what the streaming needs and tells what it did.
 """
 
+import contextlib
 import resource
 import sys
 import weakref
@@ -423,6 +424,10 @@ def _sizes(
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process (Linux reports kB, macOS bytes)."""
+    """Peak resident memory of this process."""
+    with contextlib.suppress(OSError):  # Linux, whose getrusage counts what the parent had before it started us
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -35,16 +35,26 @@ class ModelArgs(BaseModelArgs):
         self.word_embed_proj_dim = self.word_embed_proj_dim or self.hidden_size
 
 
+def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    """An nn.Linear of zeros: random weights, uncomputed, take 100 kB a layer until they are replaced."""
+    module = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(module)
+    module.weight = mx.zeros((outputs, inputs))
+    if bias:
+        module.bias = mx.zeros((outputs,))
+    return module
+
+
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         d = args.hidden_size
         self.num_heads = args.num_attention_heads
         self.scale = (d // self.num_heads) ** -0.5
-        self.q_proj = nn.Linear(d, d, bias=args.enable_bias)
-        self.k_proj = nn.Linear(d, d, bias=args.enable_bias)
-        self.v_proj = nn.Linear(d, d, bias=args.enable_bias)
-        self.out_proj = nn.Linear(d, d, bias=args.enable_bias)
+        self.q_proj = linear(d, d, bias=args.enable_bias)
+        self.k_proj = linear(d, d, bias=args.enable_bias)
+        self.v_proj = linear(d, d, bias=args.enable_bias)
+        self.out_proj = linear(d, d, bias=args.enable_bias)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         batch, length, _ = x.shape
@@ -61,8 +71,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.fc1 = nn.Linear(args.hidden_size, args.ffn_dim, bias=args.enable_bias)
-        self.fc2 = nn.Linear(args.ffn_dim, args.hidden_size, bias=args.enable_bias)
+        self.fc1 = linear(args.hidden_size, args.ffn_dim, bias=args.enable_bias)
+        self.fc2 = linear(args.ffn_dim, args.hidden_size, bias=args.enable_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.fc2(nn.relu(self.fc1(x)))
@@ -108,8 +118,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.word_embed_proj_dim)
         self.embed_positions = Positions(args)
         if args.word_embed_proj_dim != args.hidden_size:
-            self.project_in = nn.Linear(args.word_embed_proj_dim, args.hidden_size, bias=False)
-            self.project_out = nn.Linear(args.hidden_size, args.word_embed_proj_dim, bias=False)
+            self.project_in = linear(args.word_embed_proj_dim, args.hidden_size, bias=False)
+            self.project_out = linear(args.hidden_size, args.word_embed_proj_dim, bias=False)
         if args.do_layer_norm_before and not args._remove_final_layer_norm:
             self.final_layer_norm = nn.LayerNorm(args.hidden_size, affine=args.layer_norm_elementwise_affine)
         self.layers = [DecoderLayer(args) for _ in range(args.num_hidden_layers)]
@@ -142,7 +152,7 @@ class Model(nn.Module):
         self.model_type = args.model_type
         self.model = Body(args)
         if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.word_embed_proj_dim, args.vocab_size, bias=False)
+            self.lm_head = linear(args.word_embed_proj_dim, args.vocab_size, bias=False)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """Logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""

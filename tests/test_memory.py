@@ -1,0 +1,132 @@
+"""The memory law: a run within `--memory` lives in a cgroup of that size plus the interpreter's own footprint.
+
+The footprint is what a process is charged that imported what generating imports and loaded the tokenizer. Where no
+cgroup can be made peak resident memory is compared instead, with that of a tiny model.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from build import Shape
+from mlxflash.bundle import Bundle
+from mlxflash.hub import STORY
+
+MB = 1_000_000
+DEEP = Shape(layers=16, d_model=512, ffn=2048, heads=8, vocab=400, dtype="float16")  # 105 MB
+PROMPT = "It was the best of times, it was the worst of times. " * 4
+TOKENIZER = """
+import sys
+import mlxflash.cli, mlxflash.calibrate, mlxflash.decode
+import mlx_lm.sample_utils
+from pathlib import Path
+from mlxflash.api import load_tokenizer
+load_tokenizer(Path(sys.argv[1])).encode("It was")
+"""
+
+number = itertools.count()
+
+
+class V1:
+    """A memory cgroup of the first kind beneath this process's own."""
+
+    limit, peak = "memory.limit_in_bytes", "memory.max_usage_in_bytes"
+
+    @staticmethod
+    def parent():
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
+        return Path("/sys/fs/cgroup/memory") / own.split(":")[2].lstrip("/")
+
+
+class V2:
+    """One of the second kind."""
+
+    limit, peak = "memory.max", "memory.peak"
+
+    @staticmethod
+    def parent():
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        path = Path("/sys/fs/cgroup") / own[3:].lstrip("/")
+        if "memory" not in (path / "cgroup.subtree_control").read_text().split():
+            (path / "cgroup.subtree_control").write_text("+memory")
+        return path
+
+
+@contextlib.contextmanager
+def cgroup(limit=None):
+    """A new cgroup, its kind and its folder; skips the test where none can be made."""
+    for kind in (V1, V2):
+        try:
+            folder = kind.parent() / f"mlxflash-{os.getpid()}-{next(number)}"
+            folder.mkdir()
+        except (OSError, StopIteration):
+            continue
+        try:
+            if limit is not None:
+                (folder / kind.limit).write_text(str(limit))
+            assert (folder / kind.peak).exists()
+            yield kind, folder
+        finally:
+            folder.rmdir()
+        return
+    pytest.skip("no memory cgroup can be made here")
+
+
+def run_in(args, limit=None):
+    """Run a process in a cgroup; returns it and the most it was charged, bytes."""
+    with cgroup(limit) as (kind, folder):
+        enter = lambda: (folder / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
+        run = subprocess.run(args, capture_output=True, text=True, timeout=120, preexec_fn=enter)
+        return run, int((folder / kind.peak).read_text())
+
+
+def command(bundle, memory, *more):
+    args = ["generate", "--model", bundle, "-p", PROMPT, "-m", "30", "--json", "--memory", memory, *more]
+    return [sys.executable, "-m", "mlxflash", *map(str, args)]
+
+
+def assert_lives_within(bundle, memory, variants):
+    """Every variant runs in `memory` bytes beyond the footprint, and would not in half of them."""
+    import_only = [sys.executable, "-c", TOKENIZER, str(bundle)]
+    assert subprocess.run(import_only, timeout=120).returncode == 0  # files it reads are cached before they are charged
+    footprint = run_in(import_only)[1]
+    for more in variants:
+        run, _ = run_in(command(bundle, memory, *more), footprint + memory)
+        assert (run.returncode, run.stderr) == (0, ""), more
+        assert json.loads(run.stdout)["generation_tokens"] > 0
+    assert run_in(command(bundle, memory), footprint + memory // 2)[0].returncode != 0  # so the limit is one
+
+
+def test_the_story_lives_in_20_mb():
+    assert_lives_within(STORY, 20 * MB, ([], ["--exact"], ["--device", "mlx-cpu"], ["--window", "3"]))
+
+
+def test_a_deep_model_lives_in_little_more_than_half_its_size(library):
+    path = library.bundle(DEEP)
+    bundle = Bundle.open(path)
+    whole = bundle.streamed_bytes() + bundle.resident_bytes()
+    assert whole > 100 * MB
+    assert_lives_within(path, int(0.55 * whole), ([], ["--device", "mlx-cpu"], ["--exact"]))
+
+
+def peak(bundle, memory, *more):
+    run = subprocess.run(command(bundle, memory, *more), capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)["peak_rss_gb"] * 1e9
+
+
+@pytest.mark.parametrize("more", [[], ["--exact"]])
+def test_peak_memory_grows_by_no_more_than_the_budget(library, tmp_path, more):
+    tiny = shutil.copytree(library.bundle(Shape(vocab=4096)), tmp_path / "tiny")
+    for file in STORY.glob("tokenizer*"):
+        shutil.copy(file, tiny)
+    least = peak(tiny, 6 * MB, *more)
+    for memory in (20 * MB, 24 * MB):
+        assert 5 * MB < peak(STORY, memory, *more) - least < memory
