@@ -11,7 +11,7 @@ TEST_EXTRA := $(if $(LINUX),[cpu$(COMMA)test],[test])
 .PHONY: demo test clean
 
 demo: $(VENV)/installed
-	@$(BIN)/mlxflash generate --prompt "Once upon a time" --memory 20MB --temp 0.8 --seed 7 --max-tokens 120
+	@$(BIN)/mlxflash generate --prompt "Once upon a time" --memory 24MB --temp 0.8 --seed 7 --max-tokens 120
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

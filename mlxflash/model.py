@@ -30,6 +30,7 @@ from mlxflash.resident import Tensor, ffn_parts, tensors
 from mlxflash.window import Window
 
 PREDICTORS = ("all", "oracle", "low-bit")
+LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
 
 
@@ -394,6 +395,7 @@ def _sizes(
         else t.num_bytes
         for t in found
     )
+    resident += bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn))
     stored = sum(t.num_bytes for t in found)
     if predictor == "low-bit":
         predictor_bytes = sum(f.stat().st_size for f in bundle.predictor_files(predictor))

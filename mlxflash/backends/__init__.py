@@ -101,6 +101,9 @@ class Backend(Protocol):
     def slot_bytes(self, ffn: FFN) -> int:
         """Memory that one slot of `rows` takes."""
 
+    def layer_bytes(self, ffn: FFN) -> int:
+        """Memory that `rows` takes beside its slots."""
+
     def project(self, x: mx.array, weight: "Matrix") -> Callable[[], np.ndarray]:
         """x [tokens, columns] times a resident matrix: what is returned gives float32 [tokens, rows] on the host.
 

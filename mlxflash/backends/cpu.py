@@ -37,6 +37,9 @@ class CPUBackend:
     def slot_bytes(self, ffn: FFN) -> int:
         return ffn.record.stride + 4 * sum(p.offset is None for p in ffn.record.parts)
 
+    def layer_bytes(self, ffn: FFN) -> int:
+        return 0
+
     def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
         return lambda: multiply(x, weight)
 

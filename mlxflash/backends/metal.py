@@ -86,6 +86,9 @@ class MLXBackend:
         streamed = ffn.record.stride if self._record_rows and not ffn.bits else ffn.record.num_bytes
         return streamed + 4 * sum(p.offset is None for p in ffn.record.parts)
 
+    def layer_bytes(self, ffn: FFN) -> int:
+        return PAGE * len(ffn.record.parts)  # what aligning an array costs
+
     def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
         if weight.scales is not None:
             x = x.astype(mx.float32) if self._device == mx.cpu else x  # half-precision x is 40 times slower there
