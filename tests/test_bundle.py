@@ -288,7 +288,7 @@ def test_any_value_of_a_manifest(library, tmp_path, bits, place):
             if place == "record in headers too":
                 for file, data in files.items():
                     file.write_bytes(lie(data, lambda old, said=said: old | {"record": said.get("record")}))
-            if said != manifest:
+            if json.dumps(said) != json.dumps(manifest):  # True is not 1 here
                 outcome[(*where, "nothing" if bad is DELETE else repr(bad))] = how_it_loads(path)
     same = {("calibration", "nothing"), ("calibration", "{}"), ("quantization", "nothing")}
     same |= {(*where, "nothing") for where in places(manifest) if where[-1] == "offset" or where[0] == "calibration"}
