@@ -396,7 +396,6 @@ def _sizes(
         else t.num_bytes
         for t in found
     )
-    resident += bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn))
     stored = sum(t.num_bytes for t in found)
     if predictor == "low-bit":
         predictor_bytes = sum(f.stat().st_size for f in bundle.predictor_files(predictor))
@@ -409,6 +408,7 @@ def _sizes(
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,
+        objects=bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn)),
         predictor=predictor_bytes,
         units=units,
         demand=demand,

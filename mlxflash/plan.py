@@ -13,6 +13,7 @@ from pathlib import Path
 MIN_SLOTS = 8  # rows a layer needs at least: a token that needs more goes through in turns
 PREFILL_TOKENS = (512, 256, 128, 64, 32, 16)
 LEAST_BLOCK_BYTES, MOST_BLOCK_BYTES = 64 << 10, 8 << 20  # a streaming block: sequential speed needs some MiB
+RUNTIME_BYTES = 2_000_000  # stacks and page tables of some 25 threads, allocators' slack: measured in cgroups
 AUTO_SHARE = 0.7  # of the memory available now, when no budget is given
 
 
@@ -30,6 +31,7 @@ class Sizes:
 
     model: int  # the converted model: resident and streamed weights
     resident: int  # as loaded
+    objects: int  # of Python and MLX, per layer; threads' stacks and what the allocator rounds up come on top
     predictor: int
     units: tuple[int, ...]  # per layer
     demand: tuple[float, ...]  # per layer, how many units its tokens tend to want; capacity follows it
@@ -49,6 +51,7 @@ class Plan:
 
     memory: int
     resident: int
+    objects: int
     predictor: int
     kv: int
     activations: int
@@ -68,6 +71,7 @@ class Plan:
         """One line per use of the budget, for people."""
         rows = [
             ("resident weights", self.resident, ""),
+            ("threads, objects", self.objects, ""),
             ("predictors", self.predictor, ""),
             ("key-value cache", self.kv, f"{self.context} tokens"),
             ("activations", self.activations, f"prompt chunks of {self.prefill_tokens} tokens"),
@@ -92,7 +96,8 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
     if memory >= whole.memory:
         return replace(whole, memory=memory)
     slots = sum(min(MIN_SLOTS, n) for n in sizes.units)
-    least = sizes.resident + sizes.predictor + context * sizes.kv_token + slots * sizes.slot
+    fixed = sizes.resident + sizes.objects + RUNTIME_BYTES + sizes.predictor + context * sizes.kv_token
+    least = fixed + slots * sizes.slot
     least += sum(_reserves(sizes, context, 0).values())
     if memory < least:
         least = min(least, whole.memory)  # buffers and a predictor may outweigh what streaming saves
@@ -104,11 +109,12 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
             least,
         )
     reserves = _reserves(sizes, context, memory - least)
-    pools = memory - sizes.resident - sizes.predictor - context * sizes.kv_token - sum(reserves.values())
+    pools = memory - fixed - sum(reserves.values())
     capacities = _share(sizes, pools // sizes.slot)
     return Plan(
         memory=memory,
         resident=sizes.resident,
+        objects=sizes.objects + RUNTIME_BYTES,
         predictor=sizes.predictor,
         kv=context * sizes.kv_token,
         pools=sum(capacities) * sizes.slot,
@@ -144,8 +150,9 @@ def _whole(sizes: Sizes, context: int) -> Plan:
     buffer = MOST_BLOCK_BYTES + _least_staging(sizes)
     staging, cache = buffer if sizes.staged else 0, 16 << 20
     return Plan(
-        memory=sizes.resident + kv + activations + staging + cache + pools,
+        memory=sizes.resident + sizes.objects + RUNTIME_BYTES + kv + activations + staging + cache + pools,
         resident=sizes.resident,
+        objects=sizes.objects + RUNTIME_BYTES,
         predictor=0,
         kv=kv,
         activations=activations,

@@ -17,7 +17,6 @@ from mlxflash.bundle import BLOCK_BYTES, HEADER_BYTES, Record
 from mlxflash.reader import File, Reader
 
 HUGE_PAGE = 2 << 20
-HUGE_FROM = 16 << 20  # below, rounding up to huge pages would show in a budget
 STAGING_BYTES = 2 << 20  # one round of reads that cannot land in place
 
 
@@ -31,16 +30,22 @@ class Landing(Protocol):
 def host_memory(num_bytes: int) -> memoryview:
     """Zeroed page-aligned bytes outside any allocator's cache: they go back to the system when dropped.
 
-    On huge pages where that wastes little: scattered small pages make a disk segment each, and direct reads of
-    16 KiB then run at 0.6 of their speed, of 1 MiB at a third (RESULTS.md). Python's mmap is shared memory by
-    default, which stays in small pages.
+    Whole huge pages are asked for where they fit, and no more, so that nothing is rounded up: scattered small pages
+    make a disk segment each, and direct reads of 16 KiB then run at 0.6 of their speed, of 1 MiB at a third
+    (RESULTS.md). Huge pages are touched here, one by one: threads that read into a fresh one at the same time each
+    zero a page for it, which takes that much memory for a moment, and gets processes killed in a cgroup. Python's mmap
+    is shared memory by default, which stays in small pages.
     """
-    if num_bytes < HUGE_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return memoryview(mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-    raw = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    huge = num_bytes // HUGE_PAGE * HUGE_PAGE
+    if not huge or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, max(num_bytes, 1), flags=flags))
+    raw = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=flags)
+    data = np.frombuffer(raw, np.uint8)
+    skip = -data.ctypes.data % HUGE_PAGE
     with contextlib.suppress(OSError):  # a kernel without huge pages
-        raw.madvise(mmap.MADV_HUGEPAGE)
-    skip = -np.frombuffer(raw, np.uint8).ctypes.data % HUGE_PAGE
+        raw.madvise(mmap.MADV_HUGEPAGE, skip, huge)
+    data[skip : skip + huge : HUGE_PAGE] = 0
     return memoryview(raw)[skip : skip + num_bytes]
 
 

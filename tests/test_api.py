@@ -26,7 +26,7 @@ from mlxflash.model import load_bundle
 from mlxflash.reader import ENGINES, make_reader
 
 PROMPT = prompt_of(20)
-SMALL = "2.9MB"  # of the tiny bundle: streams, and holds some of it
+SMALL = "4.9MB"  # of the tiny bundle: streams, and holds some of it
 CONTEXT = 128
 MODES = [("all", SMALL), ("low-bit", SMALL), ("all", None)]
 
@@ -48,7 +48,7 @@ def tokens_of(model, tokenizer, prompt=PROMPT, **settings):
 
 
 def test_responses_are_mlx_lms_and_tell_what_the_flash_did():
-    model, tokenizer = load("story", memory="20MB", max_kv_size=CONTEXT)
+    model, tokenizer = load("story", memory="22MB", max_kv_size=CONTEXT)
     with model:
         responses = list(stream_generate(model, tokenizer, "Once upon a time", max_tokens=10))
         text = generate(model, tokenizer, "Once upon a time", max_tokens=10)
@@ -173,7 +173,7 @@ def test_equal_calls_give_equal_logits_where_a_layer_fits_whole(library, tmp_pat
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["calibration"]["demand"] = [2000.0, 50.0, 50.0]
     (path / "manifest.json").write_text(json.dumps(manifest))
-    model, tokenizer = load(path, memory="4.5MB", max_kv_size=CONTEXT)
+    model, tokenizer = load(path, memory="6.5MB", max_kv_size=CONTEXT)
     with model:
         assert [n == 2048 for n in model.flash.plan.capacities] == [True, False, False]
         prompt = prompt_of(100)  # streams the first layer in whole
@@ -202,7 +202,7 @@ def test_a_model_moves_between_threads(tiny, predictor, memory):
 
 def test_models_interleave(tiny, library):
     other = library.bundle(Shape(layers=3, ffn=2048, seed=9))
-    settings = [(tiny, "all", SMALL), (tiny, "low-bit", SMALL), (other, "all", "3.5MB"), (other, "all", None)]
+    settings = [(tiny, "all", SMALL), (tiny, "low-bit", SMALL), (other, "all", "5.5MB"), (other, "all", None)]
     loaded = [
         load(path, memory=memory, predictor=predictor, max_kv_size=CONTEXT) for path, predictor, memory in settings
     ]
@@ -286,7 +286,7 @@ from build import BACKENDS, prompt_of
 path, predictor, engine, backend, direct, count = sys.argv[1:]
 models.make_reader = lambda **_: make_reader(engine)
 model, tokenizer = load(
-    path, memory="2.9MB", predictor=predictor, max_kv_size=128, backend=BACKENDS[backend](), direct=direct == "direct"
+    path, memory="4.9MB", predictor=predictor, max_kv_size=128, backend=BACKENDS[backend](), direct=direct == "direct"
 )
 assert model.flash.reader.engine == engine
 
@@ -441,7 +441,7 @@ def test_loading_again_and_again_leaves_nothing(library, monkeypatch, engine):
     monkeypatch.setattr("mlxflash.model.make_reader", lambda **_: make_reader(engine))
 
     def cycle(close):
-        model = load_bundle(path, memory="2.6MB", max_kv_size=32)
+        model = load_bundle(path, memory="4.6MB", max_kv_size=32)
         model(mx.array([PROMPT]))
         if close:
             model.close()

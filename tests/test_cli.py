@@ -114,7 +114,7 @@ def test_generate_streams_the_story_and_says_how_it_went():
 
 
 def test_json_from_stdin_within_a_budget_equals_the_text():
-    small = ("--memory", "20MB")
+    small = ("--memory", "22MB")
     run = process("generate", "--prompt", "-", "-m", "12", "--json", *small, stdin="Once upon a time")
     assert (run.code, run.err) == (0, "")
     said = json.loads(run.out)
@@ -153,10 +153,10 @@ def test_every_way_to_compute_exactly_gives_one_text(command):
         command(*STORY, *more)
         for more in (
             [],
-            ["--exact", "--memory", "20MB"],
-            ["--predictor", "oracle", "--memory", "22MB"],
-            ["--exact", "--memory", "20MB", "--device", "mlx-cpu"],
-            ["--exact", "--memory", "20MB", "--check-reads"],
+            ["--exact", "--memory", "24MB"],
+            ["--predictor", "oracle", "--memory", "24MB"],
+            ["--exact", "--memory", "22MB", "--device", "mlx-cpu"],
+            ["--exact", "--memory", "22MB", "--check-reads"],
         )
     ]
     assert {run.code for run in runs} == {0}
@@ -171,11 +171,11 @@ def test_every_way_to_compute_exactly_gives_one_text(command):
 
 
 def test_verbose_prints_the_plan(command):
-    run = command(*STORY, "--memory", "20MB", "--window", "3", "-v")
+    run = command(*STORY, "--memory", "22MB", "--window", "3", "-v")
     assert run.code == 0
     lines = run.err.splitlines()
-    assert lines[0] == "plan for 20.0 MB:"
-    assert [line.split("  ")[1] for line in lines[1:9]][-1] == "pools"
+    assert lines[0] == "plan for 22.0 MB:"
+    assert [line.split("  ")[1] for line in lines[1:10]][-1] == "pools"
     assert lines[-len(FOOTER)].startswith("Mode: approximate")
 
 
@@ -436,7 +436,7 @@ def test_a_damaged_bundle_is_refused(command, copy, bundle, name):
     damage, words = BUNDLE_DAMAGE[name]
     bundle = copy(bundle)
     damage(bundle)
-    refused(command(*generate(bundle, "--memory", "2.5MB")), *words)
+    refused(command(*generate(bundle, "--memory", "4.5MB")), *words)
 
 
 @pytest.fixture
@@ -464,7 +464,7 @@ def test_verify_names_the_damaged_record(command, flipped):
 
 def test_check_reads_stops_at_the_damaged_record(command, flipped):
     bundle, file, record, at = flipped
-    for memory in ([], ["--memory", "2.5MB"]):
+    for memory in ([], ["--memory", "4.5MB"]):
         run = command(*generate(bundle, "-p", "It was the best of times", "--check-reads", *memory))
         refused(run, file, f"record {record}", f"offset {at}")
 
@@ -504,6 +504,6 @@ def test_a_model_without_a_predictor_says_so(command, library, tmp_path):
     bundle = tmp_path / "made"
     odd = Shape(d_model=48, ffn=2048)
     assert command("convert", library.checkpoint(odd), bundle).code == 0
-    assert command(*generate(bundle, "--memory", "2.5MB")).err.startswith("Mode: exact\n")
+    assert command(*generate(bundle, "--memory", "4.5MB")).err.startswith("Mode: exact\n")
     refused(command(*generate(bundle, "--predictor", "low-bit")), "no low-bit predictor")
     refused(command("calibrate", bundle), "no low-bit predictor")

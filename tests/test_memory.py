@@ -11,11 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from build import Shape
+from mlxflash.bundle import Bundle
 from mlxflash.hub import STORY
 
 MB = 1_000_000
@@ -73,7 +75,14 @@ def cgroup(limit=None):
             assert (folder / kind.peak).exists()
             yield kind, folder
         finally:
-            folder.rmdir()
+            for last in [*[False] * 200, True]:  # the kernel's own threads (io_uring) leave a moment after the process
+                try:
+                    folder.rmdir()
+                    break
+                except OSError:
+                    if last:
+                        raise
+                    time.sleep(0.05)
         return
     pytest.skip("no memory cgroup can be made here")
 
@@ -103,8 +112,16 @@ def assert_lives_within(bundle, memory, variants):
     assert run_in(command(bundle, memory), footprint + memory // 2)[0].returncode != 0  # so the limit is one
 
 
-def test_the_story_lives_in_20_mb():
-    assert_lives_within(STORY, 20 * MB, ([], ["--exact"], ["--device", "mlx-cpu"], ["--window", "3"]))
+def test_the_story_lives_in_22_mb():
+    assert_lives_within(STORY, 22 * MB, ([], ["--exact"], ["--device", "mlx-cpu"], ["--window", "3"]))
+
+
+def test_a_deep_model_lives_in_little_more_than_half_its_size(library):
+    path = library.bundle(DEEP)
+    bundle = Bundle.open(path)
+    whole = bundle.streamed_bytes() + bundle.resident_bytes()
+    assert whole > 100 * MB
+    assert_lives_within(path, int(0.55 * whole), ([], ["--device", "mlx-cpu"], ["--exact"]))
 
 
 def peak(bundle, memory, *more):
@@ -118,6 +135,6 @@ def test_peak_memory_grows_by_no_more_than_the_budget(library, tmp_path, more):
     tiny = shutil.copytree(library.bundle(Shape(vocab=4096)), tmp_path / "tiny")
     for file in STORY.glob("tokenizer*"):
         shutil.copy(file, tiny)
-    least = peak(tiny, 6 * MB, *more)
-    for memory in (20 * MB, 24 * MB):
+    least = peak(tiny, 8 * MB, *more)
+    for memory in (22 * MB, 26 * MB):
         assert 5 * MB < peak(STORY, memory, *more) - least < memory

@@ -15,22 +15,24 @@ import pytest
 
 from build import Shape, load, prompt_of
 from mlxflash.model import load_bundle
-from mlxflash.plan import MIN_SLOTS, BudgetError, Plan, Sizes, format_bytes, make_plan, parse_memory
+from mlxflash.plan import MIN_SLOTS, RUNTIME_BYTES, BudgetError, Plan, Sizes, format_bytes, make_plan, parse_memory
 from test_exactness import assert_exact
 
 KB, MB, GB = 1000, 1000**2, 1000**3
 
 OPT_67B = Sizes(
-    model=13_316 * MB, resident=4_440 * MB, predictor=940 * MB, units=(16384,) * 32, demand=(300.0,) * 32,
-    slot=16388, stride=16384, kv_token=524_288, activation_token=131_072, score_token=256, activation_item=2,
+    model=13_316 * MB, resident=4_440 * MB, objects=5 * MB, predictor=940 * MB, units=(16384,) * 32,
+    demand=(300.0,) * 32, slot=16388, stride=16384, kv_token=524_288, activation_token=131_072,
+    score_token=256, activation_item=2,
     vocabulary=50272, staged=False,
 )  # fmt: skip
 STAGED = replace(OPT_67B, slot=18180, stride=18176, staged=True, units=(18176,) * 32)
 UNEVEN = replace(OPT_67B, units=(4096, 100, 5, 16384) * 3, demand=(10.0, 5000.0, 0.0, 700.0) * 3)
 NO_DEMAND = replace(OPT_67B, predictor=0, units=(64, 512), demand=(0.0, 0.0))
 TINY = Sizes(
-    model=700 * KB, resident=200 * KB, predictor=0, units=(2048, 2048), demand=(256.0, 256.0), slot=516, stride=512,
-    kv_token=1024, activation_token=4096, score_token=32, activation_item=4, vocabulary=300, staged=True,
+    model=700 * KB, resident=200 * KB, objects=9 * KB, predictor=0, units=(2048, 2048), demand=(256.0, 256.0),
+    slot=516, stride=512, kv_token=1024, activation_token=4096, score_token=32, activation_item=4,
+    vocabulary=300, staged=True,
 )  # fmt: skip
 MODELS = {"6.7b": OPT_67B, "staged": STAGED, "uneven": UNEVEN, "no demand": NO_DEMAND, "tiny": TINY}
 CONTEXTS = (1, 512, 4096)
@@ -48,7 +50,14 @@ def held(plan):
 
 def assert_sound(plan: Plan, sizes: Sizes, memory, context):
     parts = (
-        plan.resident + plan.predictor + plan.kv + plan.activations + plan.blocks + plan.staging + plan.cache
+        plan.resident
+        + plan.objects
+        + plan.predictor
+        + plan.kv
+        + plan.activations
+        + plan.blocks
+        + plan.staging
+        + plan.cache
     ) + plan.pools
     assert parts <= memory == plan.memory
     assert plan.resident == sizes.resident
@@ -172,7 +181,8 @@ def test_the_smallest_budget_loads_and_computes(library, backend, predictor):
 
 
 def _sizes_of(plan):
-    return replace(TINY, resident=plan.resident, predictor=plan.predictor, kv_token=plan.kv // plan.context,
+    return replace(TINY, resident=plan.resident, objects=plan.objects - RUNTIME_BYTES, predictor=plan.predictor,
+                   kv_token=plan.kv // plan.context,
                    units=plan.units, activation_token=0, score_token=0, stride=0, staged=plan.staging > 0)  # fmt: skip
 
 
