@@ -231,9 +231,11 @@ class Window:
         if len(places) < len(missing):
             # `over` still bears stamps of the past and would be named again, so ask for that many more.
             victims = self._ring.victims(self.num_rows, len(missing) - len(tail), self._token)
-            victims = np.setdiff1d(victims, over)[: len(missing) - len(places)]
-            places = np.concatenate((places, victims))
-        ticket.left = np.union1d(ticket.left, missing[len(places) :])
+            if len(over):
+                victims = np.setdiff1d(victims, over)
+            places = np.concatenate((places, victims[: len(missing) - len(places)]))
+        if len(places) < len(missing):
+            ticket.left = np.union1d(ticket.left, missing[len(places) :])
         self._land(ticket, missing[: len(places)], places)
 
     def _land(self, ticket: Ticket, ids: np.ndarray, slots: np.ndarray) -> None:
