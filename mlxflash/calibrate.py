@@ -7,6 +7,7 @@ perplexity included, through the decode path without any row left over from earl
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,7 @@ from mlxflash.backends import FFN, Matrix, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
 from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
+from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
 from mlxflash.model import FlashModel, load_bundle
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, save_low_bit
@@ -74,10 +76,12 @@ def calibrate(
         plan = model.flash.plan
         if plan.whole:  # what is held whole needs no predictor, so leave some of it out
             memory = plan.memory - plan.pools // 4
-    layers = []
+    layers, ahead = [], []
     for index, x in enumerate(inputs):
         progress("layers", index, len(inputs))
-        layers.append(_measure_layer(bundle, index, x, device))
+        measured, early = _measure_layer(bundle, index, x, inputs[index - 1] if index else None, device)
+        layers.append(measured)
+        ahead += [early] if early else []
     progress("layers", len(inputs), len(inputs))
     half = max(1, len(sequences) // 2)
     reported = sequences[half:] or sequences
@@ -92,7 +96,7 @@ def calibrate(
     dense = perplexity(np.concatenate(exact[half:] or exact))
     change = perplexity(np.array(losses)) / dense - 1 if losses else 0.0
     active, hit = sum(r["active"] for r in layers), sum(r["active"] * r["recall"] for r in layers)
-    result = {
+    result: dict[str, Any] = {
         "low-bit": {
             "recall": hit / active if active else 1.0,
             "flagged": float(np.mean([r["flagged"] for r in layers])),
@@ -106,6 +110,14 @@ def calibrate(
         },
         "demand": [r["demand"] for r in layers],
     }
+    if ahead:
+        result["look-ahead"] = {
+            "recall": sum(r["recall"] * r["active"] for r in ahead) / max(1e-9, sum(r["active"] for r in ahead)),
+            "flagged": float(np.mean([r["flagged"] for r in ahead])),
+            "active": float(np.mean([r["active"] for r in ahead])),
+            "margin": AHEAD_MARGIN,
+            "layers": ahead,
+        }
     write_manifest(bundle.path, replace(bundle.manifest, calibration=bundle.manifest.calibration | result))
     return Bundle.open(bundle.path)
 
@@ -149,8 +161,13 @@ def _record(model: FlashModel) -> list[Recorder]:
     return recorders
 
 
-def _measure_layer(bundle: Bundle, index: int, x: np.ndarray, device: str | None) -> dict[str, float]:
-    """Set a layer's errors from the first half of x [tokens, d_model]; measure the second half."""
+def _measure_layer(
+    bundle: Bundle, index: int, x: np.ndarray, before: np.ndarray | None, device: str | None
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """Set a layer's errors from the first half of x [tokens, d_model]; measure the second half.
+
+    From `before`, what the layer before was given for the same tokens, the look-ahead to this layer is fitted.
+    """
     if not np.isfinite(x).all():
         raise ValueError(f"{bundle.path}: layer {index} is given NaN or infinity on the calibration text")
     backend, ffn = make_backend(device), FFN.of(bundle.manifest)
@@ -161,14 +178,32 @@ def _measure_layer(bundle: Bundle, index: int, x: np.ndarray, device: str | None
     matrix, _, _ = read_low_bit(file, ffn, bundle.manifest.layers[index])
     bias = one_part(bundle, index, f"{ffn.first}_bias", units)
 
-    def products(weight: Matrix) -> np.ndarray:
+    def products(weight: Matrix, x: np.ndarray) -> np.ndarray:
         return backend.project(mx.array(x), weight)() + bias
 
-    true, estimate = products(exact), products(matrix)
+    true, estimate = products(exact, x), products(matrix, x)
     half = max(1, len(x) // 2)
-    shift, error = (estimate - true)[:half].mean(axis=0), (estimate - true)[:half].std(axis=0)
+    shift, error = _errors(estimate[:half], true[:half])
     save_low_bit(file, matrix, shift, error)
-    active, flagged = true[half:] > 0, estimate[half:] - shift + MARGIN * error > 0
+    active = true > 0
+    measured = _measured(active[half:], estimate[half:] - shift + MARGIN * error > 0)
+    if before is None or len(x) < LEAST_TOKENS:
+        return measured, None
+    fit = Fit.of(before[:half], x[:half])
+    estimate = products(matrix, fit(before))
+    most = half + (len(x) - half) // 2  # the fitted half would say too little of the error
+    shift, error = _errors(estimate[half:most], true[half:most])
+    folder = bundle.path / "predictors" / "look-ahead"
+    save_look_ahead(folder / f"{index - 1:03d}.safetensors", fit, shift, error)
+    return measured, _measured(active[most:], estimate[most:] - shift + AHEAD_MARGIN * error > 0)
+
+
+def _errors(estimate: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error of each unit's estimate: [units] of [tokens, units]."""
+    return (estimate - true).mean(axis=0), (estimate - true).std(axis=0)
+
+
+def _measured(active: np.ndarray, flagged: np.ndarray) -> dict[str, float]:
     window = min(DEMAND_TOKENS, len(flagged))
     unions = [flagged[i : i + window].any(axis=0).sum() for i in range(len(flagged) - window + 1)]
     return {

@@ -86,7 +86,12 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--memory", default=None, help="budget for all but the interpreter: 2GB, or 60%% of the model")
     p.add_argument("--window", type=int, default=None, help="drop units that the last K tokens did not use")
     p.add_argument("--predictor", default=None, choices=["low-bit", "oracle", "all"], help="which units a token needs")
-    p.add_argument("--look-ahead", action="store_true", help="read for the next layer while this one computes")
+    p.add_argument(
+        "--look-ahead",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="read for the next layer while this one computes (default: where reads wait for a disk)",
+    )
     p.add_argument("--exact", action="store_true", help="compute every unit: the same as --predictor all")
     p.add_argument("--device", default=None, help="metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
@@ -369,10 +374,10 @@ def describe(bundle: Bundle) -> str:
 def _said(said: dict[str, Any] | None) -> str:
     if not said:
         return "not measured; `mlxflash calibrate` does"
-    return (
-        f"recall {said['recall']:.1%}, {said['flagged']:.1%} of units flagged ({said['active']:.1%} active), "
-        f"perplexity {said['perplexity_change']:+.2%} ({said['tokens']} tokens of {said['text']})"
-    )
+    text = f"recall {said['recall']:.1%}, {said['flagged']:.1%} of units flagged ({said['active']:.1%} active)"
+    if "perplexity_change" in said:
+        text += f", perplexity {said['perplexity_change']:+.2%} ({said['tokens']} tokens of {said['text']})"
+    return text
 
 
 def say(text: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +23,11 @@ from mlx.utils import tree_flatten
 from mlxflash.backends import FFN, Backend, make_backend
 from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Times
+from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
-from mlxflash.predictor import MARGIN, LookAhead, Predictor, Projection, deciding_matrix, load_low_bit
+from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import Tensor, ffn_parts, tensors
 from mlxflash.window import Window
@@ -191,7 +193,7 @@ def load_bundle(
     margin: float = MARGIN,
     check_reads: bool = False,
     direct: bool | None = None,
-    look_ahead: bool = False,
+    look_ahead: bool | None = None,
     backend: Backend | None = None,
     bundle: Bundle | None = None,
 ) -> FlashModel:
@@ -203,8 +205,8 @@ def load_bundle(
     `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted). max_kv_size: tokens
     of key-value cache to plan for. margin: in standard errors of the low-bit estimate. check_reads: compare every
     record read with its checksum.
-    look_ahead: ask for the next layer's units while this one computes; off, since at the precision that a training-free
-    estimate has a layer early the wasted reads cost more than the wait they hide (RESULTS.md).
+    look_ahead: ask for the next layer's units while this one computes (None: where reads wait for a disk and the
+    bundle was calibrated for it).
     direct: bypass the page cache (None: when the bundle is larger than half the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -238,10 +240,14 @@ def load_bundle(
     context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
     own_bytes = sum(p.nbytes for p in own) if own else 0
     found = tensors(bundle)
-    sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes)
-    plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
+    if look_ahead is None:
+        look_ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
+    if look_ahead:
+        own_bytes += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead"))
+    sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes)
+    plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
 
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
@@ -282,28 +288,25 @@ def load_bundle(
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
-        if look_ahead:
-            _link(model, flash.layers, family, config)
+        if look_ahead and name in ("low-bit", "oracle"):
+            _link(flash.layers, bundle, backend, ffn)
     except BaseException:
         flash.close()
         raise
     return model
 
 
-def _link(model: Any, layers: list[FlashLayer], family: Any, config: dict[str, Any]) -> None:
-    """Let every layer ask for the next one's units early, where both are fed norms of the residual stream."""
-    if not family.ffn_norm or config.get("do_layer_norm_before") is False:
-        return
-    norms = [getattr(layer, family.ffn_norm) for layer in model.layers]
-    for i, layer in enumerate(layers[:-1]):
-        layer.next = layers[i + 1]
-        if layer.next.predictor is None or layer.predictor is None or "weight" not in norms[i]:
-            continue
-        here, there = norms[i], norms[i + 1]
-        scale = mx.where(mx.abs(here.weight) > 1e-4, there.weight / here.weight, 0)
-        shift = there.bias - here.bias * scale if "bias" in here else None
-        mx.eval(scale, shift)
-        layer.ahead = LookAhead(layer.next.predictor, scale, shift)
+def _link(layers: list[FlashLayer], bundle: Bundle, backend: Backend, ffn: FFN) -> None:
+    """Let every layer name the next one's units."""
+    files = bundle.predictor_files("look-ahead")
+    if len(files) != bundle.num_layers - 1:
+        raise BundleError(f"{bundle.path}: {len(files)} look-ahead files for {bundle.num_layers} layers; calibrate")
+    for file, (here, there) in zip(files, pairwise(layers), strict=True):
+        fit, shift, error = read_look_ahead(file, bundle.manifest.d_model, there.units)
+        assert isinstance(there.predictor, Projection)
+        bias = there.source.resident.get(f"{ffn.first}_bias", 0)
+        offset = np.asarray(bias - shift + AHEAD_MARGIN * error, np.float32)
+        here.next, here.ahead = there, LookAhead(backend, fit, there.predictor.at(offset))
 
 
 def flash_bias(resident: dict[str, np.ndarray], backend: Backend, bundle: Bundle) -> mx.array | None:
@@ -397,11 +400,12 @@ def _sizes(
         for t in found
     )
     stored = sum(t.num_bytes for t in found)
+    predictor_bytes = own
     if predictor == "low-bit":
-        predictor_bytes = sum(f.stat().st_size for f in bundle.predictor_files(predictor))
-    else:
+        predictor_bytes += sum(f.stat().st_size for f in bundle.predictor_files(predictor))
+    elif predictor == "oracle":
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
-        predictor_bytes = sum(layer.units for layer in manifest.layers) * first if predictor == "oracle" else own
+        predictor_bytes += sum(layer.units for layer in manifest.layers) * first
     calibrated = manifest.calibration.get("demand")
     units = tuple(layer.units for layer in manifest.layers)
     demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units

@@ -44,6 +44,12 @@ class Projection:
         self._backend, self._weight, self._offset = backend, weight, offset
         self.nbytes = weight.nbytes + offset.nbytes
 
+    def at(self, offset: np.ndarray) -> "Projection":
+        """The same matrix under another offset, [units]; `nbytes` counts the offset alone."""
+        twin = Projection(self._backend, self._weight, offset)
+        twin.nbytes = offset.nbytes
+        return twin
+
     def start(self, x: mx.array) -> Ids:
         product = self._backend.project(x, self._weight)
 
@@ -52,22 +58,6 @@ class Projection:
             return np.flatnonzero((estimate[0] if len(estimate) == 1 else estimate.max(axis=0)) > -self._offset)
 
         return ids
-
-
-class LookAhead:
-    """The next layer's predictor on this layer's FFN input, for reads that run while this layer computes.
-
-    Both layers' inputs are norms of the residual stream, this one's a layer earlier: `scale` and `shift` [d_model]
-    exchange one norm's weights for the other's.
-    """
-
-    def __init__(self, predictor: Predictor, scale: mx.array, shift: mx.array | None):
-        self._predictor, self._scale, self._shift = predictor, scale, shift
-        self.nbytes = 0
-
-    def start(self, x: mx.array) -> Ids:
-        x = x * self._scale
-        return self._predictor.start(x if self._shift is None else x + self._shift)
 
 
 def low_bit_matrix(weight: mx.array, bits: int = LOW_BITS) -> Matrix:

@@ -5,6 +5,7 @@ much as attention does, and the logits spread widely: a unit lost shows far abov
 """
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -164,6 +165,17 @@ class Library:
         source = self.checkpoint(shape)
         key = ("bundle", *asdict(shape).values(), bits, group_size)
         return self._once(key, lambda path: convert(source, path, bits=bits, group_size=group_size))
+
+    def calibrated(self, shape=Shape()):
+        """The bundle, measured on random words."""
+        from mlxflash.bundle import Bundle
+        from mlxflash.calibrate import calibrate
+
+        def make(path):
+            shutil.copytree(self.bundle(shape), path)
+            calibrate(Bundle.open(path), np.random.default_rng(0).integers(3, shape.vocab, 256))
+
+        return self._once(("calibrated", *asdict(shape).values()), make)
 
     def _once(self, key, make):
         if key not in self._made:

@@ -178,7 +178,7 @@ class LateTicket:
 @pytest.mark.parametrize("backend", SOME)
 def test_look_ahead(library, backend, budget, guess):
     """Whatever an earlier layer asks for, and however late it arrives."""
-    path = library.bundle(UNTIED)
+    path = library.calibrated(UNTIED)
     rng = np.random.default_rng(0)
     with load(path, backend, budget, look_ahead=True) as model:
         assert not model.flash.plan.whole
@@ -300,7 +300,7 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize("backend", SOME)
 def test_interrupted_passes_leave_no_trace(library, backend, budget, look_ahead):
     """Cut off between any two steps of a pass, the model computes the same afterwards."""
-    path = bundle_of(library, "f32")
+    path = library.calibrated() if look_ahead else library.bundle()
     rng = np.random.default_rng(15)
     with load(path, backend, budget, look_ahead=look_ahead) as model:
 

@@ -59,14 +59,16 @@ enum element { BYTES, FLOATS, INDICES, WRITABLE = 16 };
    than the element asked for are refused; plain bytes are taken at their word. */
 static void *view(struct views *held, PyObject *object, const char *name, int element, size_t need) {
     Py_buffer *buffer = &held->views[held->count];
-    const int flags = PyBUF_ND | PyBUF_FORMAT | (element & WRITABLE ? PyBUF_WRITABLE : 0);
+    const int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (element & WRITABLE ? PyBUF_WRITABLE : 0);
     if (PyObject_GetBuffer(object, buffer, flags) < 0) return NULL;
     held->count++;
     element &= ~WRITABLE;
     const char *format = buffer->format == NULL ? "B" : buffer->format;
     const bool is_plain = strcmp(format, "B") == 0 || strcmp(format, "b") == 0 || strcmp(format, "c") == 0;
     const size_t size = element == FLOATS ? sizeof(float) : element == INDICES ? sizeof(int64_t) : 1;
-    if (element == FLOATS && !is_plain && strcmp(format, "f") != 0) {
+    if (!PyBuffer_IsContiguous(buffer, 'C')) { /* MLX gives what it has, whatever was asked for */
+        fail("%s must be C-contiguous", name);
+    } else if (element == FLOATS && !is_plain && strcmp(format, "f") != 0) {
         fail("%s must hold float32", name);
     } else if (element == INDICES && !is_plain && strcmp(format, "q") != 0 &&
                !(strcmp(format, "l") == 0 && sizeof(long) == sizeof(int64_t))) {

@@ -104,8 +104,11 @@ class Backend(Protocol):
     def layer_bytes(self, ffn: FFN) -> int:
         """Memory that `rows` takes beside its slots."""
 
+    def multiply(self, x: mx.array, weight: "Matrix") -> mx.array:
+        """x [tokens, columns] times a resident matrix: [tokens, rows]."""
+
     def project(self, x: mx.array, weight: "Matrix") -> Callable[[], np.ndarray]:
-        """x [tokens, columns] times a resident matrix: what is returned gives float32 [tokens, rows] on the host.
+        """The same for the host: what is returned gives float32 [tokens, rows].
 
         The device may compute between the two calls, so that several products cost one synchronisation.
         """

@@ -40,6 +40,9 @@ class CPUBackend:
     def layer_bytes(self, ffn: FFN) -> int:
         return 0
 
+    def multiply(self, x: mx.array, weight: Matrix) -> mx.array:
+        return mx.array(multiply(x, weight))
+
     def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
         return lambda: multiply(x, weight)
 

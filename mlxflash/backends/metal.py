@@ -89,15 +89,16 @@ class MLXBackend:
     def layer_bytes(self, ffn: FFN) -> int:
         return PAGE * len(ffn.record.parts)  # what aligning an array costs
 
+    def multiply(self, x: mx.array, weight: Matrix) -> mx.array:
+        if weight.scales is None:
+            return x @ weight.weight.T
+        x = x.astype(mx.float32) if self._device == mx.cpu else x  # half-precision x is 40 times slower there
+        return mx.quantized_matmul(
+            x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
+        )  # fmt: skip
+
     def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
-        if weight.scales is not None:
-            x = x.astype(mx.float32) if self._device == mx.cpu else x  # half-precision x is 40 times slower there
-            y = mx.quantized_matmul(
-                x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
-            )
-        else:
-            y = x @ weight.weight.T
-        y = y.astype(mx.float32)
+        y = self.multiply(x, weight).astype(mx.float32)
         mx.async_eval(y)
         return lambda: np.asarray(y)
 
