@@ -146,12 +146,12 @@ def total_bytes(bundle: Bundle) -> int:
     return bundle.streamed_bytes() + bundle.resident_bytes()
 
 
-def disk_rate(file: Path, size: int, order: str, seconds: float = 2.0) -> tuple[float, str]:
+def disk_rate(file: Path, size: int, order: str, seconds: float) -> tuple[float, str]:
     """GB/s of direct reads of this file, and whose: fio's (io_uring, depth 32), ours where fio is missing or fails."""
     if shutil.which("fio") is not None:
         command = [
             "fio", "--name=x", f"--filename={file}", "--readonly", "--ioengine=io_uring", "--direct=1", "--iodepth=32",
-            f"--rw={'randread' if order == 'random' else 'read'}", f"--bs={size}", f"--runtime={seconds}",
+            f"--rw={'randread' if order == 'random' else 'read'}", f"--bs={size}", f"--runtime={1000 * seconds:.0f}ms",
             "--time_based", "--output-format=json", "--norandommap", "--randrepeat=0",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -223,7 +223,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     few = np.full(3, 5)
     many = np.full(args.tokens + warm, 5)
     rates: dict[str, Any] = {}
-    rates["sequential"], rates["by"] = disk_rate(file, 1 << 20, "sequential")
+    seconds = 0.5 if args.shape == "tiny" else 2.0
+    rates["sequential"], rates["by"] = disk_rate(file, 1 << 20, "sequential", seconds)
     outcomes = [
         run_naive(bundle, args.memory, few, 1, CONTEXT, backend),
         run_hybrid(bundle, args.memory, few, 1, CONTEXT, backend),
@@ -231,7 +232,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     ]
     for outcome, all_of in zip(outcomes, (bundle, bundle, quantised), strict=True):
         outcome.held_bytes = total_bytes(all_of)
-    rates["random"], rates["by"] = disk_rate(file, manifest.record.stride, "random")
+    rates["random"], rates["by"] = disk_rate(file, manifest.record.stride, "random", seconds)
     flash = run_flash(bundle, args.memory, many, warm, backend, trace, "early")
     outcomes += [
         flash,
