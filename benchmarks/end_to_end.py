@@ -13,6 +13,8 @@ trace's early ids are released only when a predictor a layer ahead could have na
 inside the layer could, each after the predictor's products. `flash, no look-ahead` and `perfect look-ahead` (every
 late id early: a bound, no predictor does that) stand beside it.
 
+Limits are fio's rates, our own reader's where there is no fio, and the memory rate of the device that computes.
+
 What it does not show: fidelity (nothing here can; see fidelity.py), other victim orders, a MacBook.
 
     python benchmarks/end_to_end.py --shape opt-6.7b --memory 55% [--dir FOLDER] [--tokens 24]
