@@ -13,6 +13,8 @@ trace's early ids are released only when a predictor a layer ahead could have na
 inside the layer could, each after the predictor's products. `flash, no look-ahead` and `perfect look-ahead` (every
 late id early: a bound, no predictor does that) stand beside it.
 
+Limits are fio's rates, our own reader's where there is no fio, and the memory rate of the device that computes.
+
 What it does not show: fidelity (nothing here can; see fidelity.py), other victim orders, a MacBook.
 
     python benchmarks/end_to_end.py --shape opt-6.7b --memory 55% [--dir FOLDER] [--tokens 24]
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from trace import Sets, Trace, describe, synthetic
@@ -32,17 +35,19 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from disk import BATCH_BYTES, Op, measure_ours
 from naive import Outcome, decode, run_hybrid, run_naive
 from shapes import SHAPES, write_bundle
 
 from mlxflash._native import core
-from mlxflash.backends import Matrix
-from mlxflash.backends.cpu import CPUBackend, multiply
+from mlxflash.backends import Backend, Matrix, make_backend
 from mlxflash.bundle import Bundle
 from mlxflash.lookahead import RANK, WIDTH_PER_RANK, Fit, LookAhead
 from mlxflash.model import FlashModel, load_bundle
 from mlxflash.plan import format_bytes, parse_memory
+from mlxflash.pool import host_memory
 from mlxflash.predictor import Ids
+from mlxflash.reader import make_reader
 
 CONTEXT = 384
 RECALL, OVER = 0.587, 0.658  # the look-ahead as measured on the story model, layers 1-5, held-out text (RESULTS.md)
@@ -52,19 +57,19 @@ LATE_LAYERS, RANKS = 4, (128, 1024)  # LLM in a flash, OPT-6.7B: rank 128, in th
 class Paced:
     """A low-rank predictor of the paper's size, computed for its time; what it answers is the trace's."""
 
-    def __init__(self, units: int, d_model: int, rank: int, sets: Sets, layer: int):
+    def __init__(self, backend: Backend, units: int, d_model: int, rank: int, sets: Sets, layer: int):
         rank = min(rank, d_model // 4)
         self._down = Matrix(mx.random.normal((rank, d_model)).astype(mx.float16))
         self._up = Matrix(mx.random.normal((units, rank)).astype(mx.float16))
         mx.eval(self._down.weight, self._up.weight)
         self.nbytes = self._down.nbytes + self._up.nbytes
-        self.sets, self.layer, self.token = sets, layer, 0
+        self.backend, self.sets, self.layer, self.token = backend, sets, layer, 0
 
     def start(self, x: mx.array) -> Ids:
-        return lambda: self._answer(x)
+        product = self.backend.project(mx.maximum(self.backend.multiply(x, self._down), 0), self._up)
+        return lambda: self._answer(product())
 
-    def _answer(self, x: mx.array) -> np.ndarray:
-        multiply(mx.array(np.maximum(multiply(x, self._down), 0)), self._up)
+    def _answer(self, _: np.ndarray) -> np.ndarray:
         ids = self.sets.at(self.layer, self.token % (self.sets.starts.shape[1] - 1))
         self.token += 1
         return ids
@@ -77,16 +82,18 @@ class Paced:
         fit = Fit(*vectors.astype(np.float32), down.astype(np.float32), down.T.astype(np.float32))
         twin: Any = object.__new__(Paced)
         twin.__dict__.update(self.__dict__, sets=sets, nbytes=0, token=0)
-        return LookAhead(CPUBackend(), fit, twin)
+        return LookAhead(self.backend, fit, twin)
 
 
-def run_flash(bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, trace: Trace, early: str | None) -> Outcome:
+def run_flash(
+    bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, backend: Backend, trace: Trace, early: str | None
+) -> Outcome:
     """Decode with the trace's late sets; `early` names the sets that are asked for a layer ahead, None: none."""
     m = bundle.manifest
     predictors = []
     for i, layer in enumerate(m.layers):
         rank = RANKS[i >= len(m.layers) - LATE_LAYERS]
-        predictors.append(Paced(layer.units, m.d_model, rank, trace.sets["late"], i))
+        predictors.append(Paced(backend, layer.units, m.d_model, rank, trace.sets["late"], i))
     begin = time.perf_counter()
     with load_bundle(
         bundle.path,
@@ -95,6 +102,7 @@ def run_flash(bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, trace:
         direct=True,
         look_ahead=False,
         max_kv_size=CONTEXT,
+        backend=backend,
         bundle=bundle,
     ) as model:
         ready = time.perf_counter() - begin
@@ -126,30 +134,60 @@ def held_bytes(model: FlashModel) -> int:
     )
 
 
-def run_resident4(bundle: Bundle, memory: str, full: Bundle, tokens: np.ndarray, warm: int) -> Outcome:
-    size = parse_memory(memory, full.streamed_bytes() + full.resident_bytes())
-    with load_bundle(bundle.path, memory=size, predictor="all", max_kv_size=CONTEXT, bundle=bundle) as model:
+def run_resident4(
+    bundle: Bundle, memory: str, full: Bundle, tokens: np.ndarray, warm: int, backend: Backend
+) -> Outcome:
+    size = parse_memory(memory, total_bytes(full))
+    with load_bundle(
+        bundle.path, memory=size, predictor="all", max_kv_size=CONTEXT, backend=backend, bundle=bundle
+    ) as model:
         return decode(model, tokens, warm, "resident4")
 
 
-def fio_rate(file: Path, size: int, random: bool, seconds: float = 2.0) -> float | None:
-    """GB/s of fio on this file: io_uring, depth 32, direct. None where fio is missing."""
-    if shutil.which("fio") is None:
-        return None
-    command = [
-        "fio", "--name=x", f"--filename={file}", "--readonly", "--ioengine=io_uring", "--direct=1", "--iodepth=32",
-        f"--rw={'randread' if random else 'read'}", f"--bs={size}", f"--runtime={seconds}", "--time_based",
-        "--output-format=json", "--norandommap", "--randrepeat=0",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return None
-    return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["bw_bytes"]) / 1e9
+def total_bytes(bundle: Bundle) -> int:
+    return bundle.streamed_bytes() + bundle.resident_bytes()
 
 
-def memory_rate() -> float:
+def disk_rate(file: Path, size: int, order: str, seconds: float) -> tuple[float, str]:
+    """GB/s of direct reads of this file, and whose: fio's (io_uring, depth 32), ours where fio is missing or fails."""
+    if shutil.which("fio") is not None:
+        command = [
+            "fio", "--name=x", f"--filename={file}", "--readonly", "--ioengine=io_uring", "--direct=1", "--iodepth=32",
+            f"--rw={'randread' if order == 'random' else 'read'}", f"--bs={size}", f"--runtime={1000 * seconds:.0f}ms",
+            "--time_based", "--output-format=json", "--norandommap", "--randrepeat=0",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return float(json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]["read"]["bw_bytes"]) / 1e9, "fio"
+    reader = make_reader(direct=True)
+    try:
+        buffers = [host_memory(BATCH_BYTES) for _ in range(2)]
+        return measure_ours(reader, file, Op(order, size), seconds, buffers).mb_s / 1e3, "our reader"
+    finally:
+        reader.close()
+
+
+def memory_rate(backend: Backend) -> float:
+    """GB/s at which the device that computes reads memory; without native code a copy's, reads and writes."""
+    if backend.name == "metal":
+        matrix, x = mx.ones((1 << 16, 1 << 12), mx.float16), mx.ones((1, 1 << 12), mx.float16)
+        mx.eval(matrix, x)
+        return timed_rate(lambda: mx.eval(x @ matrix.T), matrix.nbytes)
     buffer = np.ones(512 << 20, np.uint8)
-    return float(np.median([core.read_bandwidth(buffer) for _ in range(5)]))
+    if core is not None:
+        return float(np.median([core.read_bandwidth(buffer) for _ in range(5)]))
+    half = len(buffer) // 2
+    return timed_rate(lambda: np.copyto(buffer[:half], buffer[half:]), len(buffer))
+
+
+def timed_rate(work: Callable[[], object], num_bytes: int) -> float:
+    """GB/s, the median of five."""
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return num_bytes / float(np.median(seconds[1:])) / 1e9
 
 
 def prepare(shape: str, folder: Path) -> tuple[Bundle, Bundle]:
@@ -167,6 +205,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="decoded tokens counted for flash (24)")
     parser.add_argument("--recall", type=float, default=RECALL, help=f"of the early sets ({RECALL})")
     parser.add_argument("--over", type=float, default=OVER, help=f"size of the early sets beside the late ({OVER})")
+    parser.add_argument("--device", help="metal, cpu or mlx-cpu; the best here otherwise")
     parser.add_argument("--dir", type=Path, default=None, help="where bundles are kept; a temporary folder otherwise")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
@@ -178,75 +217,85 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     manifest, file = bundle.manifest, bundle.layer_path(bundle.num_layers // 2)
     units = manifest.layers[0].units
     warm = 8  # tokens until the window is full of what tokens use
+    backend = make_backend(args.device)
+    if backend.name != "metal":
+        mx.set_default_device(mx.cpu)  # on a Mac MLX would compute on its GPU whatever the backend is
     trace = synthetic(bundle.num_layers, units, args.tokens + warm, recall=args.recall, over=args.over)
     print(describe(trace))
     few = np.full(3, 5)
     many = np.full(args.tokens + warm, 5)
-    rates = {"memory": memory_rate(), "sequential": fio_rate(file, 1 << 20, False), "random": None}
+    rates: dict[str, Any] = {}
+    seconds = 0.5 if args.shape == "tiny" else 2.0
+    rates["sequential"], rates["by"] = disk_rate(file, 1 << 20, "sequential", seconds)
     outcomes = [
-        run_naive(bundle, args.memory, few, 1, CONTEXT),
-        run_hybrid(bundle, args.memory, few, 1, CONTEXT),
-        run_resident4(quantised, args.memory, bundle, np.full(6, 5), 2),
+        run_naive(bundle, args.memory, few, 1, CONTEXT, backend),
+        run_hybrid(bundle, args.memory, few, 1, CONTEXT, backend),
+        run_resident4(quantised, args.memory, bundle, np.full(6, 5), 2, backend),
     ]
-    rates["random"] = fio_rate(file, manifest.record.stride, True)
-    flash = run_flash(bundle, args.memory, many, warm, trace, "early")
+    for outcome, all_of in zip(outcomes, (bundle, bundle, quantised), strict=True):
+        outcome.held_bytes = total_bytes(all_of)
+    rates["random"], rates["by"] = disk_rate(file, manifest.record.stride, "random", seconds)
+    flash = run_flash(bundle, args.memory, many, warm, backend, trace, "early")
     outcomes += [
         flash,
-        run_flash(bundle, args.memory, many, warm, trace, None),
-        run_flash(bundle, args.memory, many, warm, trace, "late"),
+        run_flash(bundle, args.memory, many, warm, backend, trace, None),
+        run_flash(bundle, args.memory, many, warm, backend, trace, "late"),
     ]
-    report(args, outcomes, flash, rates, bundle)
+    rates["memory"] = memory_rate(backend)  # last: its buffer is none of the budget's
+    rows = [row_of(o, rates["sequential" if o in outcomes[:3] else "random"], rates["memory"]) for o in outcomes]
+    report(args, rows, flash, rates, bundle)
 
 
-def report(
-    args: argparse.Namespace, outcomes: list[Outcome], flash: Any, rates: dict[str, Any], bundle: Bundle
-) -> None:
-    naive, hybrid, resident4 = outcomes[:3]
+def row_of(o: Outcome, disk: float, memory: float) -> dict[str, Any]:
+    """Where the median token's time went: compute, wait and manage add up to ms; compute contains predict."""
+    ms = 1e3 * float(np.median(o.seconds))
+    return {
+        "mode": o.mode,
+        "ms": ms,
+        "compute_ms": ms - 1e3 * (o.flash_s + o.manage_s),
+        "wait_ms": 1e3 * o.flash_s,
+        "manage_ms": 1e3 * o.manage_s,
+        "predict_ms": 1e3 * o.predict_s,
+        "bytes": o.bytes_per_token,
+        "reads": o.reads_per_token,
+        "io_limit_ms": o.bytes_per_token / disk / 1e6,
+        "memory_limit_ms": o.held_bytes / memory / 1e6,
+    }
+
+
+def report(args: argparse.Namespace, rows: list[dict[str, Any]], flash: Any, rates: dict[str, Any], b: Bundle) -> None:
+    naive, hybrid, resident4, row = rows[:4]
     print(flash.plan)
-    print(f"memory {rates['memory']:.1f} GB/s read; fio, io_uring, depth 32, direct: sequential 1 MiB ", end="")
-    print(
-        f"{rates['sequential'] or 0:.2f} GB/s, random {bundle.manifest.record.stride} B {rates['random'] or 0:.2f} GB/s"
-    )
+    print(f"memory {rates['memory']:.1f} GB/s read; {rates['by']}, direct: sequential 1 MiB ", end="")
+    print(f"{rates['sequential']:.2f} GB/s, random {b.manifest.record.stride} B {rates['random']:.2f} GB/s")
     print("                        ms  compute  wait  manage  predict       bytes   reads  GB/s   naive/  hybrid/")
-    for o in outcomes:
-        ms = 1e3 * float(np.median(o.seconds))
-        rest = ms - 1e3 * (o.flash_s + o.manage_s)
+    for r in rows:
         print(
-            f"{o.mode:<21}{ms:6.0f}  {rest:7.0f}  {1e3 * o.flash_s:4.0f}  {1e3 * o.manage_s:6.1f}"
-            f"  {1e3 * o.predict_s:7.1f}"
-            f"  {format_bytes(o.bytes_per_token):>10}  {o.reads_per_token:6.0f}  {o.bytes_per_token / ms / 1e6:4.2f}"
-            f"  {1e3 * np.median(naive.seconds) / ms:6.1f}x  {1e3 * np.median(hybrid.seconds) / ms:6.1f}x"
+            f"{r['mode']:<21}{r['ms']:6.0f}  {r['compute_ms']:7.0f}  {r['wait_ms']:4.0f}  {r['manage_ms']:6.1f}"
+            f"  {r['predict_ms']:7.1f}  {format_bytes(r['bytes']):>10}  {r['reads']:6.0f}"
+            f"  {r['bytes'] / r['ms'] / 1e6:4.2f}  {naive['ms'] / r['ms']:6.1f}x  {hybrid['ms'] / r['ms']:6.1f}x"
         )
-    ms = 1e3 * float(np.median(flash.seconds))
-    io = flash.bytes_per_token / (rates["random"] or float("nan")) / 1e6
-    memory = flash.held_bytes / rates["memory"] / 1e6
-    print(f"limits of flash: {io:.0f} ms bytes / fio's random rate, {memory:.0f} ms held bytes / memory rate;")
-    print(f"the token takes {ms / max(io, memory):.2f} of the larger; management {1e3 * flash.manage_s / ms:.1%} of it")
-    if rates["sequential"]:
-        shares = [
-            f"{o.mode} {o.bytes_per_token / np.median(o.seconds) / 1e9 / rates['sequential']:.2f}" for o in outcomes[:2]
-        ]
-        print("share of fio's sequential rate: " + ", ".join(shares))
-    print(f"ready to decode after {flash.ready_s:.1f} s ({format_bytes(bundle.resident_bytes())} resident weights)")
+    ms, io, memory = row["ms"], row["io_limit_ms"], row["memory_limit_ms"]
+    print(f"limits of flash: {io:.0f} ms bytes / the random rate, {memory:.0f} ms held bytes / memory rate;")
+    print(f"the token takes {ms / max(io, memory):.2f} of the larger; management {row['manage_ms'] / ms:.1%} of it")
+    shares = [f"{r['mode']} {r['io_limit_ms'] / r['ms']:.2f}" for r in (naive, hybrid)]
+    print(f"share of the sequential rate of {rates['by']}: " + ", ".join(shares))
+    print(f"ready to decode after {flash.ready_s:.1f} s ({format_bytes(b.resident_bytes())} resident weights)")
+    known = {key: value for key, value in row.items() if key not in ("mode", "ms", "predict_ms")}
     print(
         json.dumps(
             {
                 "shape": args.shape,
                 "memory_bytes": flash.memory_bytes,
                 "peak_rss_bytes": int(flash.peak_rss_gb * 1e9),
-                "naive_ms": 1e3 * float(np.median(naive.seconds)),
-                "hybrid_ms": 1e3 * float(np.median(hybrid.seconds)),
-                "resident4_ms": 1e3 * float(np.median(resident4.seconds)),
+                "naive_ms": naive["ms"],
+                "hybrid_ms": hybrid["ms"],
+                "resident4_ms": resident4["ms"],
                 "flash_ms": ms,
-                "compute_ms": ms - 1e3 * (flash.flash_s + flash.manage_s),
-                "wait_ms": 1e3 * flash.flash_s,
-                "manage_ms": 1e3 * flash.manage_s,
-                "bytes": flash.bytes_per_token,
-                "reads": flash.reads_per_token,
-                "io_limit_ms": io,
-                "memory_limit_ms": memory,
+                **known,
                 "ready_s": flash.ready_s,
                 "rates": rates,
+                "rows": rows,
             }
         )
     )

@@ -38,6 +38,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash.api import load_tokenizer
+from mlxflash.backends import Backend
 from mlxflash.bundle import Bundle, BundleError
 from mlxflash.decode import reserved_cache
 from mlxflash.ffn import Times
@@ -195,10 +196,10 @@ def decode(model: FlashModel, tokens: np.ndarray, warm: int, mode: str) -> Outco
     )
 
 
-def run_naive(bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, context: int) -> Outcome:
-    with load_bundle(
-        bundle.path, memory=memory, predictor="all", direct=True, max_kv_size=context, bundle=bundle
-    ) as model:
+def run_naive(
+    bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, context: int, backend: Backend | None = None
+) -> Outcome:
+    with load_exact(bundle, memory, context, backend) as model:
         rereader = reread_everything(model, bundle)
         try:
             return decode(model, tokens, warm, "naive")
@@ -206,11 +207,17 @@ def run_naive(bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, contex
             rereader.close()
 
 
-def run_hybrid(bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, context: int) -> Outcome:
-    with load_bundle(
-        bundle.path, memory=memory, predictor="all", direct=True, max_kv_size=context, bundle=bundle
-    ) as model:
+def run_hybrid(
+    bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, context: int, backend: Backend | None = None
+) -> Outcome:
+    with load_exact(bundle, memory, context, backend) as model:
         return decode(model, tokens, warm, "hybrid")
+
+
+def load_exact(bundle: Bundle, memory: str, context: int, backend: Backend | None) -> FlashModel:
+    return load_bundle(
+        bundle.path, memory=memory, predictor="all", direct=True, max_kv_size=context, backend=backend, bundle=bundle
+    )
 
 
 def run_flash(

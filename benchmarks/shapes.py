@@ -21,6 +21,7 @@ import json
 import mmap
 import os
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(layers=4, d_model=256, ffn=1024, heads=4, vocabulary=512, positions=512),
+    # The smallest whose records are whole blocks, as real ones are, and that streams at half of its size.
+    "tiny": Shape(layers=4, d_model=1024, ffn=8192, heads=16, vocabulary=512, positions=512),
     "opt-1.3b": Shape(layers=24, d_model=2048, ffn=8192, heads=32, vocabulary=50272, positions=2048),
     "opt-2.7b": Shape(layers=32, d_model=2560, ffn=10240, heads=32, vocabulary=50272, positions=2048),
     "opt-6.7b": Shape(layers=32, d_model=4096, ffn=16384, heads=32, vocabulary=50272, positions=2048),
@@ -158,6 +160,8 @@ class DirectFile:
 
     def __init__(self, file: Path, offset: int = 0):
         self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | getattr(os, "O_DIRECT", 0), 0o644)
+        if sys.platform == "darwin":  # what the cache holds is served from it, to readers with F_NOCACHE too
+            fcntl.fcntl(self._fd, fcntl.F_NOCACHE, 1)
         os.lseek(self._fd, offset, os.SEEK_SET)
         self._buffers = list(write_buffers())
         self._thread = ThreadPoolExecutor(1)

@@ -1,7 +1,8 @@
 """The FFN that stands where mlx-lm had an MLP: which units, bring them, compute.
 
-One token goes `predictor -> window -> rows`. A prompt, or a layer whose every unit is needed, goes through `_stream`:
-the rows held are computed where they are, all others pass by in large blocks, so the result is exact.
+One token goes `predictor -> window -> rows`, and so do a few when the union of what they need is read sooner than all
+the rest. A prompt, or a layer whose every unit is needed, goes through `_stream`: the rows held are computed where they
+are, all others pass by in large blocks, so the result is exact.
 """
 
 import time
@@ -12,11 +13,14 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash.backends import Rows
+from mlxflash.diskprofile import DiskProfile
 from mlxflash.pool import Landing, Source
 from mlxflash.predictor import Predictor
 from mlxflash.reader import Reader
 from mlxflash.window import Ticket, Window
 
+FEW_TOKENS = 64  # up to so many, the union of what they need may be less than everything
+UNKNOWN_DISK_PENALTY = 3  # how many times longer a random record takes than a streamed one, where nobody measured
 SEED_TOKENS = 8  # of a prompt: their active units are worth more than older ones'; the pool's size has the last word
 
 
@@ -74,6 +78,8 @@ class FlashLayer:
     predictor: Predictor | None  # None: every unit is needed
     down_bias: mx.array | None
     times: Times
+    stride: int  # bytes from record to record on disk
+    disk: DiskProfile | None = None  # None: not measured
     next: "FlashLayer | None" = None
     ahead: Predictor | None = None  # what the next layer will need, from this one's input
     ticket: Ticket | None = None  # units that the layer before asked for
@@ -94,7 +100,7 @@ class FlashFFN(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         if layer.window.num_rows == layer.units and layer.ticket is None:
             y, _ = layer.rows.ffn(tokens, layer.units)
-        elif layer.predictor is None or x.shape[1] > 1:
+        elif layer.predictor is None or len(tokens) > FEW_TOKENS:
             y = self._stream(tokens)
         else:
             y = self._sparse(tokens)
@@ -111,6 +117,9 @@ class FlashFFN(nn.Module):
         early = layer.ahead.start(x) if layer.ahead is not None else None
         ids = late()
         t1 = clock()
+        if len(x) > 1 and self._streams_faster(ids):
+            times.predict += t1 - t0
+            return self._stream(x)
         ticket, layer.ticket = layer.ticket, None
         if ticket is None:
             ticket = layer.window.request(ids)
@@ -144,6 +153,17 @@ class FlashFFN(nn.Module):
             n = layer.window.next(ticket)
             y = y + layer.rows.ffn(x, n)[0]
         return y
+
+    def _streams_faster(self, ids: np.ndarray) -> bool:
+        """Whether all units that are not held pass sooner than those of `ids` are read one by one."""
+        layer, stride = self._layer, self._layer.stride
+        if len(ids) > layer.window.capacity:
+            return True
+        missing = int(np.count_nonzero(layer.window.slot_of[ids] < 0))
+        absent = layer.units - layer.window.num_rows
+        if layer.disk is None:
+            return missing * UNKNOWN_DISK_PENALTY > absent
+        return layer.disk.batch(stride, missing) > layer.disk.sequential(absent * stride)
 
     def _stream(self, x: mx.array) -> mx.array:
         """Exact for any x: rows held, then all others in blocks; the last tokens' active units enter the window."""

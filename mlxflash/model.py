@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
 from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
+from mlxflash.diskprofile import disk_profile
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Times
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
@@ -34,6 +35,7 @@ from mlxflash.window import Window
 
 PREDICTORS = ("all", "oracle", "low-bit")
 LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
+DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
 
 
@@ -249,6 +251,7 @@ def load_bundle(
     sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes)
     plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
 
+    disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     name = "all" if plan.whole else str(predictor)
@@ -265,7 +268,8 @@ def load_bundle(
         blocks = None
         if not plan.whole:
             pair = [backend.rows(ffn, plan.block_units, other) for other in others]
-            blocks = Blocks((pair[0], pair[1]), max(1, (256 << 10) // manifest.record.stride))
+            gap = disk.gap_bytes() if disk else DEFAULT_GAP_BYTES
+            blocks = Blocks((pair[0], pair[1]), gap // manifest.record.stride)
         for i, entry in enumerate(manifest.layers):
             file = File(bundle.layer_path(i), direct)
             flash.files.append(file)
@@ -283,6 +287,8 @@ def load_bundle(
                 else _predictor(name, bundle, i, backend, ffn, source, margin),
                 down_bias=flash_bias(resident[i], backend, bundle),
                 times=flash.times,
+                stride=manifest.record.stride,
+                disk=disk,
             )
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))

@@ -1,0 +1,143 @@
+"""How long reads take on a disk: T(bytes, depth), measured once per disk in a second or two, and kept.
+
+One batch of `count` reads of `size` bytes at random places, submitted at once and waited for, is what the engine asks
+of a disk, so that is what is measured, with the engine in use. Reads are direct: what a page cache holds is another
+matter. What follows from it: how many bytes between two records are cheaper read than stepped over, from how many
+missing units on a layer is better streamed whole, and what the planner forecasts.
+"""
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxflash.hub import cache_folder
+from mlxflash.pool import host_memory
+from mlxflash.reader import File, make_reader
+
+SIZES = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
+COUNTS = (1, 4, 16, 64, 256)
+BUFFER_BYTES = 16 << 20
+MOST_BYTES = 64 << 20  # of one batch; larger ones are in proportion
+LEAST_SECONDS, REPEATS = 0.02, 3  # per size and count
+
+
+@dataclass(frozen=True)
+class DiskProfile:
+    """`seconds[i][j]` is what a batch of COUNTS[j] reads of SIZES[i] bytes takes."""
+
+    seconds: tuple[tuple[float, ...], ...]
+
+    def batch(self, size: float, count: float) -> float:
+        """Seconds for `count` reads of `size` bytes at random places, between and beyond what was measured.
+
+        Interpolated in logarithms; beyond the table time grows as the bytes do, and below it not at all shrinks.
+        """
+        if size <= 0 or count <= 0:
+            return 0.0
+        over = max(1.0, size / SIZES[-1]) * max(1.0, count / COUNTS[-1])
+        x, i = _place(np.log(SIZES), np.log(size))
+        y, j = _place(np.log(COUNTS), np.log(count))
+        t = np.log(np.array(self.seconds))[i : i + 2, j : j + 2]
+        return float(over * np.exp((1 - x) * ((1 - y) * t[0, 0] + y * t[0, 1]) + x * ((1 - y) * t[1, 0] + y * t[1, 1])))
+
+    def sequential(self, num_bytes: float) -> float:
+        """Seconds for many bytes in large blocks, several under way."""
+        return num_bytes / SIZES[-1] * self.seconds[-1][2] / COUNTS[2]
+
+    def gap_bytes(self) -> int:
+        """How many unwanted bytes between two wanted pieces are cheaper read than stepped over, many under way.
+
+        A read costs o + size / rate; the gap that costs as much as one more read is o * rate.
+        """
+        small, large = self.seconds[1][-1] / COUNTS[-1], self.seconds[3][-1] / COUNTS[-1]
+        rate = (SIZES[3] - SIZES[1]) / max(large - small, 1e-9)
+        return int(max(0.0, small - SIZES[1] / rate) * rate)
+
+    @classmethod
+    def measure(cls, reader: Any, paths: list[Path]) -> "DiskProfile":
+        """With reads at random places of `paths`, files of a bundle; about two seconds. Raises OSError."""
+        rng = np.random.default_rng(0)
+        files = [File(path, direct=True) for path in paths]
+        try:
+            ends = [os.fstat(file.fd).st_size for file in files]
+            buffer = host_memory(BUFFER_BYTES)
+            table = []
+            for size in SIZES:
+                row: list[float] = []
+                for count in COUNTS:
+                    done = min(count, max(1, MOST_BYTES // size))
+                    row.append(_median_batch(reader, files, ends, buffer, size, done, rng) * count / done)
+                table.append(tuple(row))
+        finally:
+            for file in files:
+                file.close()
+        return cls(tuple(table))
+
+
+def _place(grid: np.ndarray, value: float) -> tuple[float, int]:
+    """Where value lies on an ascending grid: the share of the way from grid[i] to the next, and i; clipped."""
+    i = int(np.clip(np.searchsorted(grid, value, "right") - 1, 0, len(grid) - 2))
+    return float(np.clip((value - grid[i]) / (grid[i + 1] - grid[i]), 0, 1)), i
+
+
+def _median_batch(
+    reader: Any, files: list[File], ends: list[int], buffer: memoryview, size: int, count: int, rng: np.random.Generator
+) -> float:
+    times: list[float] = []
+    while len(times) < REPEATS or sum(times) < LEAST_SECONDS:
+        which = int(rng.integers(len(files)))
+        length = min(size, ends[which] // 4096 * 4096)  # a small file is read whole
+        spans = np.empty((count, 3), np.uint64)
+        spans[:, 0] = rng.integers(0, (ends[which] - length) // 4096 + 1, count) * 4096
+        spans[:, 1] = np.arange(count) * length % max(1, BUFFER_BYTES - length + 1) // 4096 * 4096
+        spans[:, 2] = length
+        begin = time.perf_counter()
+        reader.submit(files[which], spans, buffer).wait()
+        times.append((time.perf_counter() - begin) * size / max(length, 1))
+    return float(np.median(times))
+
+
+def disk_profile(paths: list[Path]) -> DiskProfile | None:
+    """The profile of direct reads on the disk that holds `paths`: as measured before, or measured now and kept.
+
+    None where the file system has no direct reads, or the files cannot be read: whoever needs them will say so.
+    """
+    probe = File(paths[0], direct=True)
+    probe.close()
+    if not probe.direct:
+        return None
+    reader = make_reader(direct=True)
+    try:
+        return _kept_or_measured(reader, paths)
+    except OSError:
+        return None
+    finally:
+        reader.close()
+
+
+def _kept_or_measured(reader: Any, paths: list[Path]) -> DiskProfile:
+    file = _cache_file(paths[0], reader.engine)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = np.array(json.loads(file.read_text())["seconds"], np.float64)
+        if kept.shape == (len(SIZES), len(COUNTS)) and np.isfinite(kept).all() and (kept > 0).all():
+            return DiskProfile(tuple(map(tuple, kept.tolist())))
+    profile = DiskProfile.measure(reader, paths)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs two seconds next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(asdict(profile)))
+        part.replace(file)
+    return profile
+
+
+def _cache_file(path: Path, engine: str) -> Path:
+    """Named by the disk, as far as a process can tell one: its device number and the file system's size."""
+    system = os.statvfs(path)
+    name = f"{os.stat(path).st_dev:x}-{system.f_blocks * system.f_frsize}-{engine}"
+    return cache_folder() / "disks" / f"{name}.json"
