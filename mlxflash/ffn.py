@@ -151,13 +151,12 @@ class FlashFFN(nn.Module):
         layer.ticket = None
         first = window.advance(len(x))
         seeds = min(SEED_TOKENS, len(x)) if layer.predictor is not None else 0
-        ages = first + len(x) - seeds + np.arange(seeds)  # stamps of the seeding tokens
+        first += len(x) - seeds
         held = window.slot_of >= 0
         y, active = layer.rows.ffn(x, window.num_rows, watch=seeds)
         y = y.astype(mx.float32)
         if active is not None:
-            used = np.flatnonzero(active.any(axis=0))
-            window.touch(used, _last(active[:, used], ages))
+            window.touch(window.unit_at[: window.num_rows], active, first)
         blocks = layer.blocks
         runs = _blocks(held, blocks.pair[0].capacity, blocks.gap)
         blocks.drain()
@@ -176,13 +175,9 @@ class FlashFFN(nn.Module):
             mx.eval(y)
             if active is not None:
                 used = np.flatnonzero(active.any(axis=0))
-                window.admit(units[used], _last(active[:, used], ages), rows, used)
+                window.touch(units[used], active[:, used], first)
+                window.admit(units[used], rows, used)
         return y.astype(x.dtype)
-
-
-def _last(active: np.ndarray, ages: np.ndarray) -> np.ndarray:
-    """For each column of `active`, bool [tokens, n], the stamp of the last token that used it."""
-    return ages[len(ages) - 1 - np.argmax(active[::-1], axis=0)]
 
 
 def _blocks(held: np.ndarray, capacity: int, gap: int) -> list[np.ndarray]:
