@@ -57,7 +57,7 @@ class RecencyOfTwo:
 
 
 class Popularity:
-    """Fixed numbers, and `base`'s scores where there is one."""
+    """Fixed numbers, and a decayed frequency on top where there is a decay."""
 
     def __init__(self, popularity: np.ndarray, decay: float | None = None):
         self._popularity, self._decay = popularity, decay
