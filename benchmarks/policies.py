@@ -2,9 +2,9 @@
 
 On recorded traces (trace.py record; synthetic ones cannot judge this), one token per step, one layer at a time, at
 capacities given as a share of the layer's units. A unit the token wants and memory lacks is a read. Where a token
-wants more than memory holds, what its last turn brought stays, as in the window. The first `--warm` tokens are not
-counted. Also splits one memory between layers: equally, by calibrated demand (the planner's), and by the layers' miss
-curves, drawn on `--calibration` and judged on the trace.
+wants more than memory holds, each turn replaces the units worth least, as in the window. The first `--warm` tokens are
+not counted. Also splits one memory between layers: equally, by calibrated demand (the planner's), and by the layers'
+miss curves, drawn on `--calibration` and judged on the trace.
 
     ring 5              the paper's: what the last 5 tokens used, nothing else
     lru                 the longest unused leaves
@@ -130,10 +130,14 @@ def reads(wanted: np.ndarray, capacities: list[int], policy: Policy, warm: int, 
             over = int(np.count_nonzero(mine)) + count - capacity
             if over > 0:
                 others = np.flatnonzero(mine & ~now)
-                if over > len(others):  # turns: the last one's units stay
+                if over > len(others):
                     left = np.flatnonzero(new)[count - (over - len(others)) :]
-                    mine[:] = False
-                    mine[left[(len(left) - 1) // capacity * capacity :]] = True
+                    mine[:] = now
+                    mine[left] = False
+                    for i in range(0, len(left), capacity):  # turns
+                        turn, rows = left[i : i + capacity], np.flatnonzero(mine)
+                        mine[rows[np.argpartition(policy.worth(rows), len(turn) - 1)[: len(turn)]]] = False
+                        mine[turn] = True
                     continue
                 mine[others[np.argpartition(policy.worth(others), over - 1)[:over]]] = False
             mine |= now

@@ -139,10 +139,10 @@ class FlashFFN(nn.Module):
             y, _ = layer.rows.ffn(x, n)
         elif arriving is not None and arriving.any():
             y = y + layer.rows.ffn(x, n, arriving)[0]
-        while len(ticket.left):  # the pool is smaller than this token: the rest replaces what is computed
+        while len(ticket.left):  # the pool is smaller than this token: the rest replaces some of what is computed
             mx.eval(y)
-            n = layer.window.next(ticket)
-            y = y + layer.rows.ffn(x, n)[0]
+            new = layer.window.next(ticket)
+            y = y + layer.rows.ffn(x, n, None if new.all() else new)[0]
         return y
 
     def _stream(self, x: mx.array) -> mx.array:

@@ -116,14 +116,21 @@ class Window:
             on[slots] = True
         return on
 
-    def next(self, ticket: Ticket) -> int:
-        """Replace all rows by the next of `ticket.left` and return their number; the caller has used the others."""
+    def next(self, ticket: Ticket) -> np.ndarray:
+        """Bring the next of `ticket.left` over the rows worth least, all of which the caller has used.
+
+        Returns which rows are new, bool [num_rows]; the others are to be left out of the computation.
+        """
+        assert self.num_rows == self.capacity  # else nothing had been left
         ids, ticket.left = ticket.left[: self.capacity], ticket.left[self.capacity :]
-        self._empty()
+        worth = self._policy.worth(self.unit_at)
+        slots = np.argpartition(worth, len(ids) - 1)[: len(ids)]
         self._pending = ticket
-        self._land(ticket, ids, np.arange(len(ids)))
+        self._land(ticket, ids, slots)
         self._finish(ticket)
-        return self.num_rows
+        new = np.zeros(self.num_rows, bool)
+        new[slots] = True
+        return new
 
     def hold(self, ids: np.ndarray) -> None:
         """Bring `ids` to stay, outside any token: the resident share of a layer that is streamed whole."""
@@ -163,7 +170,11 @@ class Window:
 
     def clear(self) -> None:
         """Forget all rows, and what units were worth."""
-        self._empty()
+        self.drain()
+        self._rows.settle()
+        self.slot_of[self.unit_at[: self.num_rows]] = -1
+        self.unit_at[: self.num_rows] = -1
+        self.num_rows = 0
         self._policy.reset()
 
     def reset(self) -> None:
@@ -226,13 +237,6 @@ class Window:
         if len(slots) > count:
             slots = slots[np.argpartition(self._policy.worth(live[slots]), count - 1)[:count]]
         return slots
-
-    def _empty(self) -> None:
-        self.drain()
-        self._rows.settle()
-        self.slot_of[self.unit_at[: self.num_rows]] = -1
-        self.unit_at[: self.num_rows] = -1
-        self.num_rows = 0
 
     def _land(self, ticket: Ticket, ids: np.ndarray, slots: np.ndarray) -> None:
         if len(ids) == 0:

@@ -210,9 +210,15 @@ class World:
         self.compute()
         while len(ticket.left):
             self.seen.add("turns")
-            assert window.next(ticket) == window.num_rows > 0
+            before = self.held()
+            new = window.next(ticket)
             self.assert_sound()
-            turns += self.held()
+            assert len(new) == window.num_rows == self.rows.capacity
+            turns += window.unit_at[new].tolist()
+            gone, kept = before - self.held(), before & self.held()
+            if kept:
+                self.seen.add("kept in a turn")
+                assert max(map(self.worth, gone)) <= min(map(self.worth, kept)) * (1 + ROUNDING)
             self.compute()
         assert sorted(turns) == ids.tolist()
 
@@ -316,6 +322,7 @@ def test_any_sequence(span, decay):
             world.step()
         seen |= world.seen
     wanted = {"victims", "room", "computed early", "abandoned", "corrected", "turns", "admitted", "refused"}
+    wanted |= {"kept in a turn"}
     assert seen == wanted | ({"dropped"} if span else set())
 
 
