@@ -43,7 +43,7 @@ class Recency:
 
 
 DECAY = (
-    0.98  # on recorded traces 0.97 to 0.99 read within 1 % of each other, and 2 to 16 % less than Recency (RESULTS.md)
+    0.98  # on recorded traces 0.97 to 0.99 read within 1 % of each other, and 4 to 16 % less than Recency (RESULTS.md)
 )
 
 
