@@ -6,6 +6,7 @@ A trace carries sets of unit ids per layer and token:
     early    what a predictor one step ahead would flag: a random part of late (`recall`), and wrong ones, drawn in
              proportion to each unit's popularity, until the set is `over` times late's size
     active   the truly active units (recorded traces only)
+    near     late, and units whose estimate misses the threshold by less than NEAR standard errors (recorded only)
 
 Synthetic traces. Unit i is on with probability p_i and remembers: from token to token it goes on with probability
 (1 - rho) p_i and off with (1 - rho)(1 - p_i), so p_i stays its share of tokens and rho is its autocorrelation. The
@@ -26,6 +27,7 @@ orders, pool sizes beyond the window, or unit orders. Ids are random positions o
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, prod
 from pathlib import Path
@@ -41,11 +43,13 @@ from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.calibrate import Recorder
 from mlxflash.ffn import FlashFFN
 from mlxflash.model import FlashModel, load_bundle
+from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, Ids, deciding_matrix, read_low_bit
 from mlxflash.resident import one_part
 
 PUBLISHED = {"flagged": 0.10, "union": 0.24, "new": 0.024}
 RECALL, OVER = 0.80, 1.1
+NEAR = 4.0
 
 
 @dataclass
@@ -267,18 +271,22 @@ def record(
     seed: int = 0,
 ) -> Trace:
     """What the bundle's low-bit predictor flags, and what is truly active, for int [n] tokens of one text (exact
-    activations, teacher-forced). Without a predictor late is active. `early` is drawn, not measured."""
+    activations, teacher-forced, afresh where the model's positions end). Without a predictor late and near are active.
+    `early` is drawn, not measured."""
     bundle = Bundle.open(path)
     with load_bundle(path, memory=memory, predictor="all", bundle=bundle) as model:
         recorders = stand_before_ffns(model)
-        mx.eval(model(mx.array(tokens[None])))
+        longest = max_positions(bundle.config())
+        for i in range(0, len(tokens), longest):
+            mx.eval(model(mx.array(tokens[None, i : i + longest])))
     rng = np.random.default_rng(seed)
-    sets: dict[str, list[np.ndarray]] = {"late": [], "early": [], "active": []}
+    sets: dict[str, list[np.ndarray]] = {"late": [], "early": [], "active": [], "near": []}
     for index, recorder in enumerate(recorders):
-        active, late = layer_sets(bundle, index, recorder.inputs(), margin)
+        active, late, near = layer_sets(bundle, index, recorder.inputs(), (margin, margin + NEAR))
         popularity = late.mean(axis=0) + 1 / len(late)
         sets["active"].append(active)
         sets["late"].append(late)
+        sets["near"].append(near)
         sets["early"].append(look_ahead(rng, late, popularity, recall, over))
     units = np.array([layer.units for layer in bundle.manifest.layers])
     return Trace(units, {name: Sets.of(m) for name, m in sets.items()}, f"recorded from {path.name}")
@@ -293,8 +301,8 @@ def stand_before_ffns(model: FlashModel) -> list[Recorder]:
     return recorders
 
 
-def layer_sets(bundle: Bundle, index: int, x: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
-    """Truly active and flagged units for the inputs x [tokens, d_model]: bool [tokens, units] each."""
+def layer_sets(bundle: Bundle, index: int, x: np.ndarray, margins: Sequence[float]) -> list[np.ndarray]:
+    """Truly active units for the inputs x [tokens, d_model], and those flagged at each margin: bool [tokens, units]."""
     backend, ffn, layer = make_backend(), FFN.of(bundle.manifest), bundle.manifest.layers[index]
     stride = ffn.record.stride
     raw = np.fromfile(bundle.layer_path(index), np.uint8, layer.units * stride, offset=HEADER_BYTES)
@@ -302,9 +310,10 @@ def layer_sets(bundle: Bundle, index: int, x: np.ndarray, margin: float) -> tupl
     active = backend.project(mx.array(x), deciding_matrix(ffn, raw.reshape(layer.units, stride)))() + bias > 0
     files = bundle.predictor_files("low-bit")
     if not files:
-        return active, active
+        return [active] * (1 + len(margins))
     matrix, shift, error = read_low_bit(files[index], ffn, layer)
-    return active, backend.project(mx.array(x), matrix)() + bias - shift + margin * error > 0
+    estimate = backend.project(mx.array(x), matrix)() + bias - shift
+    return [active, *(estimate + margin * error > 0 for margin in margins)]
 
 
 # Replay

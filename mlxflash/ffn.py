@@ -148,10 +148,10 @@ class FlashFFN(nn.Module):
             y, _ = layer.rows.ffn(x, n)
         elif arriving is not None and arriving.any():
             y = y + layer.rows.ffn(x, n, arriving)[0]
-        while len(ticket.left):  # the pool is smaller than this token: the rest replaces what is computed
+        while len(ticket.left):  # the pool is smaller than this token: the rest replaces some of what is computed
             mx.eval(y)
-            n = layer.window.next(ticket)
-            y = y + layer.rows.ffn(x, n)[0]
+            new = layer.window.next(ticket)
+            y = y + layer.rows.ffn(x, n, None if new.all() else new)[0]
         return y
 
     def _streams_faster(self, ids: np.ndarray) -> bool:
@@ -171,13 +171,12 @@ class FlashFFN(nn.Module):
         layer.ticket = None
         first = window.advance(len(x))
         seeds = min(SEED_TOKENS, len(x)) if layer.predictor is not None else 0
-        ages = first + len(x) - seeds + np.arange(seeds)  # stamps of the seeding tokens
+        first += len(x) - seeds
         held = window.slot_of >= 0
         y, active = layer.rows.ffn(x, window.num_rows, watch=seeds)
         y = y.astype(mx.float32)
         if active is not None:
-            used = np.flatnonzero(active.any(axis=0))
-            window.touch(used, _last(active[:, used], ages))
+            window.touch(window.unit_at[: window.num_rows], active, first)
         blocks = layer.blocks
         runs = _blocks(held, blocks.pair[0].capacity, blocks.gap)
         blocks.drain()
@@ -196,13 +195,9 @@ class FlashFFN(nn.Module):
             mx.eval(y)
             if active is not None:
                 used = np.flatnonzero(active.any(axis=0))
-                window.admit(units[used], _last(active[:, used], ages), rows, used)
+                window.touch(units[used], active[:, used], first)
+                window.admit(units[used], rows, used)
         return y.astype(x.dtype)
-
-
-def _last(active: np.ndarray, ages: np.ndarray) -> np.ndarray:
-    """For each column of `active`, bool [tokens, n], the stamp of the last token that used it."""
-    return ages[len(ages) - 1 - np.argmax(active[::-1], axis=0)]
 
 
 def _blocks(held: np.ndarray, capacity: int, gap: int) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlxflash.policy import Frequency, Policy, Recency
 from mlxflash.pool import Landing, Source
 from mlxflash.reader import Reader
 
@@ -35,41 +36,6 @@ class Rows(Protocol):
         """Copy rows `sources` of `other`, memory of the same backend, over `slots`."""
 
 
-class Ring:
-    """Victim order of the last `span` tokens' unit sets; the oldest use goes first.
-
-    The ring is kept as one stamp per slot, the token that used it last: a slot is in the ring while its stamp is
-    younger than `span` tokens. Without a span nothing leaves before its memory is wanted, which only saves reads.
-    """
-
-    def __init__(self, capacity: int, span: int | None = None):
-        self.span = span
-        self._stamp = np.zeros(capacity, np.int64)
-
-    def use(self, slots: np.ndarray, token: int | np.ndarray) -> int:
-        """Stamp slots; returns how many of them bore another stamp."""
-        fresh = int(np.count_nonzero(self._stamp[slots] != token))
-        self._stamp[slots] = token
-        return fresh
-
-    def move(self, sources: np.ndarray, slots: np.ndarray) -> None:
-        self._stamp[slots] = self._stamp[sources]
-
-    def left(self, num_rows: int, token: int) -> np.ndarray:
-        """Slots that no token of the ring uses."""
-        if self.span is None:
-            return np.empty(0, np.int64)
-        return np.flatnonzero(self._stamp[:num_rows] <= token - self.span)
-
-    def victims(self, num_rows: int, count: int, before: int) -> np.ndarray:
-        """At most `count` slots to give up, first the longest unused, none used by token `before` or later."""
-        stamps = self._stamp[:num_rows]
-        eligible = np.flatnonzero(stamps < before)
-        if len(eligible) > count:
-            eligible = eligible[np.argpartition(stamps[eligible], count - 1)[:count]] if count else eligible[:0]
-        return eligible
-
-
 class Ticket:
     """Units under way for one token. `left` are those the pool could not hold beside the others."""
 
@@ -84,12 +50,23 @@ class Ticket:
 class Window:
     """The units of one layer that are in memory, packed in slots [0, num_rows).
 
-    Between calls `slot_of` [num_units] and `unit_at` [capacity] are inverse, -1 marks absence; `check()` says so.
-    A pending ticket's slots are never victims. After an error nothing is left in flight and units whose bytes did
-    not arrive are not held.
+    With a `span`, units that the last `span` tokens did not use are given up (the paper's rule), and the longest unused
+    first where room is short. Without one nothing leaves before its memory is wanted, which only saves reads; `policy`
+    then says who leaves.
+    Between calls `slot_of` [num_units] and `unit_at` [capacity] are inverse, -1 marks absence; `check()` says so. A
+    pending ticket's slots are never victims. After an error nothing is left in flight and units whose bytes did not
+    arrive are not held.
     """
 
-    def __init__(self, num_units: int, rows: Rows, reader: Reader, source: Source, span: int | None = None):
+    def __init__(
+        self,
+        num_units: int,
+        rows: Rows,
+        reader: Reader,
+        source: Source,
+        span: int | None = None,
+        policy: Policy | None = None,
+    ):
         self.num_rows = 0
         self.capacity = rows.capacity
         self.slot_of = np.full(num_units, -1, np.int64)
@@ -97,7 +74,9 @@ class Window:
         self.num_hits = 0
         self.num_misses = 0
         self._rows, self._reader, self._source = rows, reader, source
-        self._ring = Ring(rows.capacity, span)
+        self._policy = policy or (Frequency(num_units) if span is None else Recency(num_units))
+        self._span = span
+        self._last = np.zeros(num_units, np.int32)  # the token that used a unit last
         self._token = 0
         self._pending: Ticket | None = None
 
@@ -105,7 +84,10 @@ class Window:
         """A new token: start bringing units `ids`, int64 [k], ascending and unique."""
         self.drain()
         self._token += 1
-        ticket = Ticket(self._ring.left(self.num_rows, self._token))
+        old = np.empty(0, np.int64)
+        if self._span is not None:
+            old = np.flatnonzero(self._last[self.unit_at[: self.num_rows]] <= self._token - self._span)
+        ticket = Ticket(old)
         self._pending = ticket
         self._bring(ticket, ids)
         return ticket
@@ -134,14 +116,21 @@ class Window:
             on[slots] = True
         return on
 
-    def next(self, ticket: Ticket) -> int:
-        """Replace all rows by the next of `ticket.left` and return their number; the caller has used the others."""
+    def next(self, ticket: Ticket) -> np.ndarray:
+        """Bring the next of `ticket.left` over the rows worth least, all of which the caller has used.
+
+        Returns which rows are new, bool [num_rows]; the others are to be left out of the computation.
+        """
+        assert self.num_rows == self.capacity  # else nothing had been left
         ids, ticket.left = ticket.left[: self.capacity], ticket.left[self.capacity :]
-        self.clear()
+        worth = self._policy.worth(self.unit_at)
+        slots = np.argpartition(worth, len(ids) - 1)[: len(ids)]
         self._pending = ticket
-        self._land(ticket, ids, np.arange(len(ids)))
+        self._land(ticket, ids, slots)
         self._finish(ticket)
-        return self.num_rows
+        new = np.zeros(self.num_rows, bool)
+        new[slots] = True
+        return new
 
     def hold(self, ids: np.ndarray) -> None:
         """Bring `ids` to stay, outside any token: the resident share of a layer that is streamed whole."""
@@ -151,52 +140,49 @@ class Window:
         self._finish(ticket)
 
     def advance(self, num_tokens: int) -> int:
-        """A prompt of `num_tokens` passed without `request`: returns the stamp of its first token."""
+        """A prompt of `num_tokens` passed without `request`: returns the number of its first token."""
         self.drain()
         self._token += num_tokens
         return self._token - num_tokens + 1
 
-    def touch(self, slots: np.ndarray, tokens: np.ndarray) -> None:
-        """Say that rows `slots` were used last by `tokens`, int64 [n]."""
-        self._ring.use(slots, tokens)
+    def touch(self, ids: np.ndarray, used: np.ndarray, first: int) -> None:
+        """Say which of units `ids`, int64 [n], tokens `first` and following used: bool [tokens, n]."""
+        for token, row in enumerate(used, first):
+            self._use(ids[row], token)
 
-    def admit(self, ids: np.ndarray, tokens: np.ndarray, source: Any, sources: np.ndarray) -> None:
-        """Copy units that just streamed by into the window, where free or older rows leave room.
+    def admit(self, ids: np.ndarray, source: Any, sources: np.ndarray) -> None:
+        """Copy units that just streamed by into the window, where there is room or what is held is worth less.
 
-        ids, tokens (last use) and sources (slots of `source`): int64 [n]. The youngest win.
+        ids and sources (slots of `source`): int64 [n]. `touch` said before who used them.
         """
-        order = np.argsort(-tokens, kind="stable")
-        ids, tokens, sources = ids[order], tokens[order], sources[order]
+        worth = self._policy.worth(ids)
+        order = np.argsort(-worth, kind="stable")
+        ids, sources, worth = ids[order], sources[order], worth[order]
         self._rows.settle()
         free = np.arange(self.num_rows, min(self.capacity, self.num_rows + len(ids)))
-        count = len(free)
-        slots = free
-        while count < len(ids):  # each age of newcomers may displace only rows older than itself
-            age = int(tokens[count])
-            same = int(np.count_nonzero(tokens[count:] == age))
-            victims = np.setdiff1d(self._ring.victims(self.num_rows, same + count - len(free), age), slots)[:same]
-            slots = np.concatenate((slots, victims))
-            count += len(victims)
-            if len(victims) < same:
-                break
-        ids, tokens, sources = ids[:count], tokens[:count], sources[:count]
-        self._rows.take(slots, source, sources)
-        self._assign(ids, slots)
-        self._ring.use(slots, tokens)
+        held = self._policy.worth(self.unit_at[: self.num_rows])
+        victims = np.argsort(held, kind="stable")[: len(ids) - len(free)]
+        rest = worth[len(free) :][: len(victims)]  # falls where the victims' worth rises: the better ones are the first
+        victims = victims[: int(np.count_nonzero(rest > held[victims]))]
+        slots = np.concatenate((free, victims))
+        self._rows.take(slots, source, sources[: len(slots)])
+        self._assign(ids[: len(slots)], slots)
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Forget all rows, and what units were worth."""
         self.drain()
         self._rows.settle()
         self.slot_of[self.unit_at[: self.num_rows]] = -1
         self.unit_at[: self.num_rows] = -1
         self.num_rows = 0
+        self._policy.reset()
 
     def reset(self) -> None:
         """Forget all, whatever state an interrupted call left; no read may be under way."""
         self._pending = None
         self.slot_of[:] = self.unit_at[:] = -1
         self.num_rows = 0
+        self._policy.reset()
 
     def drain(self) -> None:
         """Let an abandoned ticket come to rest; what it could not bring is not held."""
@@ -215,12 +201,11 @@ class Window:
         assert np.count_nonzero(self.slot_of >= 0) == self.num_rows <= self.capacity
 
     def _bring(self, ticket: Ticket, ids: np.ndarray) -> None:
+        ids = self._use(ids, self._token)  # what a correction names again is here, on its way or left for a turn
         slots = self.slot_of[ids]
         held = slots >= 0
         missing = ids[~held]
-        if len(ticket.left):  # a correction may name them again
-            missing = np.setdiff1d(missing, ticket.left)
-        self.num_hits += self._ring.use(slots[held], self._token)
+        self.num_hits += len(ids) - len(missing)
         self.num_misses += len(missing)
         ticket.dead = ticket.dead[~np.isin(ticket.dead, slots[held])] if len(ticket.dead) else ticket.dead
         if len(missing) == 0:
@@ -229,8 +214,8 @@ class Window:
         tail = np.arange(self.num_rows, min(self.capacity, self.num_rows + len(missing) - len(over)))
         places = np.concatenate((over, tail))
         if len(places) < len(missing):
-            # `over` still bears stamps of the past and would be named again, so ask for that many more.
-            victims = self._ring.victims(self.num_rows, len(missing) - len(tail), self._token)
+            # Nobody used what lies in `over` since, so it would be named again: ask for that many more.
+            victims = self._victims(len(missing) - len(tail))
             if len(over):
                 victims = np.setdiff1d(victims, over)
             places = np.concatenate((places, victims[: len(missing) - len(places)]))
@@ -238,12 +223,26 @@ class Window:
             ticket.left = np.union1d(ticket.left, missing[len(places) :])
         self._land(ticket, missing[: len(places)], places)
 
+    def _use(self, ids: np.ndarray, token: int) -> np.ndarray:
+        """Note that `token` uses `ids`; returns those it was not known to use."""
+        fresh = ids[self._last[ids] != token]
+        self._last[fresh] = token
+        self._policy.use(fresh, token)
+        return fresh
+
+    def _victims(self, count: int) -> np.ndarray:
+        """At most `count` > 0 slots to give up, first those worth least, none that the current token uses."""
+        live = self.unit_at[: self.num_rows]
+        slots = np.flatnonzero(self._last[live] < self._token)
+        if len(slots) > count:
+            slots = slots[np.argpartition(self._policy.worth(live[slots]), count - 1)[:count]]
+        return slots
+
     def _land(self, ticket: Ticket, ids: np.ndarray, slots: np.ndarray) -> None:
         if len(ids) == 0:
             return
         self._rows.settle()
         self._assign(ids, slots)
-        self._ring.use(slots, self._token)
         ticket.slots.append(slots)  # first, so that rows whose reads could not even start count as lost
         ticket.landings.append(self._rows.land(self._reader, self._source, ids, slots))
 
@@ -285,7 +284,6 @@ class Window:
         holes = slots[slots < kept]
         sources = np.setdiff1d(np.arange(kept, self.num_rows), slots)
         self._rows.move(sources, holes)
-        self._ring.move(sources, holes)
         units = self.unit_at[sources]
         self.unit_at[holes] = units
         self.slot_of[units] = holes

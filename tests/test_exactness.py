@@ -318,7 +318,7 @@ def test_interrupted_passes_leave_no_trace(library, backend, budget, look_ahead)
             for owner, name in (
                 (layer.window, "_land"), (layer.window, "_assign"), (layer.window, "_finish"),
                 (layer.window, "_delete"),
-                (layer.window._ring, "use"), (layer.rows, "land"), (layer.rows, "ffn"), (layer.rows, "settle"),
+                (layer.window._policy, "use"), (layer.rows, "land"), (layer.rows, "ffn"), (layer.rows, "settle"),
                 (layer.blocks, "start"), (layer.blocks, "wait"),
             ):  # fmt: skip
                 setattr(owner, name, interrupting(getattr(owner, name)))

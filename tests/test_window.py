@@ -1,13 +1,14 @@
 """The window's laws: what its maps claim is what its memory holds, whatever is asked of it and whatever fails.
 
 A fake memory holds unit ids. It forgets a row when a read towards it starts, shows the unit when the read ends, and
-refuses to be touched while a computation still reads it. A plain model beside it knows each unit's last use. Random
+refuses to be touched while a computation still reads it. A plain model beside it knows each unit's uses. Random
 requests, corrections, prompts, failures and interruptions must leave, after every step:
 
     maps that are inverse and dense (`check`), and in every live row the unit that the maps name;
     hits and misses counted as the units were held or not;
     every unit of the token in a row, or left for another turn; all turns together bring every unit exactly once;
-    victims that are the longest unused, none of them the token's own; none at all while there is room;
+    victims that are worth least by the policy's plain words (the longest unused, or the fewest uses, each counting
+    less with its age), none of them the token's own; none at all while there is room;
     with a span, no unit held that the last `span` tokens did not use;
     after a failure nothing in flight, and no unit held whose bytes did not arrive.
 
@@ -24,9 +25,11 @@ from build import BACKENDS, Shape, load, prompt_of
 mx = pytest.importorskip("mlx.core")
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
+from mlxflash.policy import DECAY, Frequency, Recency  # noqa: E402
 from mlxflash.window import Window  # noqa: E402
 
 GARBAGE = -7
+ROUNDING = 1e-5  # of float32 sums
 
 
 class Interrupted(BaseException):
@@ -93,13 +96,14 @@ class FakeLanding:
 class World:
     """A window on fake memory and the plain model of what it may hold."""
 
-    def __init__(self, seed, span=None, failures=0.0, admit=True):
+    def __init__(self, seed, span=None, decay=None, failures=0.0):
         self.rng = np.random.default_rng(seed)
         self.units = int(self.rng.integers(5, 60))
         self.rows = FakeRows(int(self.rng.integers(1, self.units + 1)), self.fate)
-        self.window = Window(self.units, self.rows, None, None, span)
-        self.span, self.failures = span, failures
-        self.last = {}  # unit: the token that used it last
+        policy = None if span or decay == DECAY else Frequency(self.units, decay) if decay else Recency(self.units)
+        self.window = Window(self.units, self.rows, None, None, span, policy)
+        self.span, self.decay, self.failures = span, decay, failures
+        self.uses = {}  # unit: the tokens that used it, ascending
         self.token = 0
         self.seen = set()  # what happened at all
 
@@ -107,6 +111,14 @@ class World:
         if self.rng.random() >= self.failures:
             return None
         return self.rng.choice(["start", "end", "interrupt"], p=[0.2, 0.6, 0.2])
+
+    def last(self, unit):
+        return self.uses[unit][-1]
+
+    def worth(self, unit):
+        if self.decay is None:
+            return float(self.last(unit))
+        return sum(self.decay ** (self.token - token) for token in self.uses[unit])
 
     def held(self):
         return set(self.window.unit_at[: self.window.num_rows].tolist())
@@ -122,13 +134,15 @@ class World:
         """Ids as predictors give them: near the previous token's, sometimes none, sometimes all."""
         count = int(self.rng.integers(0, self.units + 1) * self.rng.choice([0.1, 0.3, 1.0]))
         if self.rng.random() < 0.5:
-            recent = sorted(self.last, key=self.last.get)[-count:]
+            recent = sorted(self.uses, key=self.last)[-count:]
             return np.unique(np.array(recent, np.int64))
         return np.sort(self.rng.choice(self.units, count, replace=False))
 
-    def use(self, ids):
+    def use(self, ids, token):
         for unit in ids.tolist():
-            self.last[unit] = self.token
+            tokens = self.uses.setdefault(unit, [])
+            if tokens[-1:] != [token]:  # a correction names units again
+                tokens.append(token)
 
     def assert_counted(self, counted, ids, held):
         """Hits and misses since `counted` are what ids, none of them counted yet, found in `held`."""
@@ -137,7 +151,7 @@ class World:
         assert (now[0] - counted[0], now[1] - counted[1]) == (hits, len(ids) - hits)
 
     def assert_victims(self, before, after, ids, first):
-        """From `before` to `after` only the longest unused left, none of the `first` known ids, none without need.
+        """From `before` to `after` only those worth least left, none of the `first` known ids, none without need.
 
         What a correction names may have been given up before it was named.
         """
@@ -146,12 +160,12 @@ class World:
         gone = before - after - ids
         kept = (before & after) - ids
         if gone and kept:
-            assert max(self.last[u] for u in gone) <= min(self.last[u] for u in kept)
-        young = {u for u in before if self.span is None or self.last[u] > self.token - self.span}
+            assert max(map(self.worth, gone)) <= min(map(self.worth, kept)) * (1 + ROUNDING)
+        young = {u for u in before if self.span is None or self.last(u) > self.token - self.span}
         assert len(after) == min(self.rows.capacity, len(young | ids))
         self.seen |= {"victims"} if young - after else {"room"}
         if self.span is not None:
-            assert all(self.last[u] > self.token - self.span for u in after)
+            assert all(self.last(u) > self.token - self.span for u in after)
             self.seen |= {"dropped"} if before - young - after - ids else set()
 
     def decode(self):
@@ -163,7 +177,7 @@ class World:
         before, counted = self.held(), (window.num_hits, window.num_misses)
         ids = first = self.some_units()
         self.token += 1
-        self.use(ids)
+        self.use(ids, self.token)
         ticket = window.request(ids)
         if not lossy:
             self.assert_counted(counted, ids, before)
@@ -175,7 +189,7 @@ class World:
         if self.rng.random() < 0.4:
             more = np.setdiff1d(self.some_units(), ids) if self.rng.random() < 0.5 else self.some_units()
             held, counted = self.held(), (window.num_hits, window.num_misses)
-            self.use(more)
+            self.use(more, self.token)
             window.add(ticket, more)
             self.seen.add("corrected")
             self.assert_counted(counted, np.setdiff1d(more, ids), held)
@@ -196,9 +210,15 @@ class World:
         self.compute()
         while len(ticket.left):
             self.seen.add("turns")
-            assert window.next(ticket) == window.num_rows > 0
+            before = self.held()
+            new = window.next(ticket)
             self.assert_sound()
-            turns += self.held()
+            assert len(new) == window.num_rows == self.rows.capacity
+            turns += window.unit_at[new].tolist()
+            gone, kept = before - self.held(), before & self.held()
+            if kept:
+                self.seen.add("kept in a turn")
+                assert max(map(self.worth, gone)) <= min(map(self.worth, kept)) * (1 + ROUNDING)
             self.compute()
         assert sorted(turns) == ids.tolist()
 
@@ -222,33 +242,35 @@ class World:
         assert first == self.token + 1
         self.token += count
         before = self.held()
-        slots = np.flatnonzero(self.rng.random(window.num_rows) < 0.5)
-        ages = self.rng.integers(first, self.token + 1, len(slots))
-        window.touch(slots, ages)
-        self.last |= dict(zip(window.unit_at[slots].tolist(), ages.tolist(), strict=True))
+        self.touch(window.unit_at[: window.num_rows].copy(), first)
         streamed = self.rng.permutation([u for u in range(self.units) if u not in before]).astype(np.int64)
         streamed = np.sort(streamed[: int(self.rng.integers(0, len(streamed) + 1))])
         block = FakeRows(len(streamed))
         block.memory[:] = streamed
-        some = np.flatnonzero(self.rng.random(len(streamed)) < 0.7)
-        ids, ages = streamed[some], self.rng.integers(first, self.token + 1, len(some))
+        used = np.flatnonzero(self.touch(streamed, first))
         self.compute()
-        window.admit(ids, ages, block, some)
-        coming = dict(zip(ids.tolist(), ages.tolist(), strict=True))
+        window.admit(streamed[used], block, used)
+        coming = set(streamed[used].tolist())
         self.assert_sound()
         after = self.held()
-        assert after <= before | set(coming)
-        last = self.last | coming
-        youngest = sorted((last[u] for u in before | set(coming)), reverse=True)[: self.rows.capacity]
-        assert sorted((last[u] for u in after), reverse=True) == youngest
-        for unit in after & set(coming):
-            self.last[unit] = coming[unit]
-        self.seen |= {"admitted"} if after & set(coming) else set()
-        self.seen |= {"refused"} if set(coming) - after else set()
+        assert after <= before | coming
+        best = sorted(map(self.worth, before | coming), reverse=True)[: self.rows.capacity]
+        np.testing.assert_allclose(sorted(map(self.worth, after), reverse=True), best, rtol=ROUNDING)
+        self.seen |= {"admitted"} if after & coming else set()
+        self.seen |= {"refused"} if coming - after else set()
+
+    def touch(self, ids, first):
+        """Tokens from `first` on use some of `ids`; returns which are used at all."""
+        used = self.rng.random((self.token - first + 1, len(ids))) < self.rng.choice([0.05, 0.3])
+        self.window.touch(ids, used, first)
+        for token, row in enumerate(used, first):
+            self.use(ids[row], token)
+        return used.any(axis=0)
 
     def clear(self):
         self.compute()
         self.window.clear()
+        self.uses = {}
         assert self.window.num_rows == 0
         self.assert_sound()
 
@@ -265,7 +287,7 @@ class World:
     def step(self):
         """Anything; a failure may surface, and then what is held must be true."""
         action = self.rng.choice(["decode", "prompt", "clear", "drain"], p=[0.8, 0.12, 0.03, 0.05])
-        last = self.last.copy()
+        uses = {unit: tokens.copy() for unit, tokens in self.uses.items()}
         try:
             getattr(self, action)()
             return
@@ -281,29 +303,34 @@ class World:
             else:  # nothing that was under way is trusted
                 self.rows.flying[:] = self.rows.read = False
                 self.window.reset()
+                self.uses, uses = {}, {}
                 assert self.window.num_rows == 0
         self.assert_sound()
         if self.window._token < self.token:  # it was the last ticket's rest that was cut off
-            self.token, self.last = self.window._token, last
+            self.token, self.uses = self.window._token, uses
 
 
-@pytest.mark.parametrize("span", [None, 1, 2, 5, 8])
-def test_any_sequence(span):
+@pytest.mark.parametrize(
+    ("span", "decay"),
+    [(None, None), (None, DECAY), (None, 0.9), (None, 0.5), (1, None), (2, None), (5, None), (8, None)],
+)
+def test_any_sequence(span, decay):
     seen = set()
     for seed in range(60):
-        world = World(seed, span)
+        world = World(seed, span, decay)
         for _ in range(40):
             world.step()
         seen |= world.seen
     wanted = {"victims", "room", "computed early", "abandoned", "corrected", "turns", "admitted", "refused"}
+    wanted |= {"kept in a turn"}
     assert seen == wanted | ({"dropped"} if span else set())
 
 
-@pytest.mark.parametrize("span", [None, 3])
-def test_any_sequence_with_failures(span):
+@pytest.mark.parametrize(("span", "decay"), [(None, None), (None, 0.7), (3, None)])
+def test_any_sequence_with_failures(span, decay):
     seen = set()
     for seed in range(50):
-        world = World(seed, span, failures=0.2)
+        world = World(seed, span, decay, failures=0.2)
         for _ in range(40):
             world.step()
         seen |= world.seen
@@ -312,6 +339,41 @@ def test_any_sequence_with_failures(span):
         for _ in range(5):  # and it works again
             world.decode()
     assert {"cannot start", "cannot end", "interrupt", "victims", "turns", "admitted"} <= seen
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, DECAY])
+def test_scores_are_decayed_counts(decay):
+    """Over thousands of tokens, so that scores change their origin many times; and wherever tokens start."""
+    rng = np.random.default_rng(3)
+    early, late, counts = Frequency(50, decay), Frequency(50, decay), np.zeros(50)
+    late.use(np.arange(50), 5)
+    late.reset()
+    for token in range(1, 5000):
+        ids = np.flatnonzero(rng.random(50) < np.linspace(0.001, 0.5, 50))
+        early.use(ids, token)
+        late.use(ids, token + 10**6)
+        counts *= decay
+        counts[ids] += 1
+        if token % 7 == 0:
+            worth = early.worth(np.arange(50)).astype(np.float64)
+            np.testing.assert_allclose(worth / worth.max(), counts / counts.max(), rtol=1e-4, atol=1e-30)
+            np.testing.assert_array_equal(late.worth(np.arange(50)), early.worth(np.arange(50)))
+
+
+def test_who_returns_is_remembered():
+    window = Window(5, FakeRows(3), None, None)
+
+    def held(*ids):
+        window.ready(window.request(np.array(ids)))
+        return sorted(window.unit_at.tolist())
+
+    for _ in range(4):
+        held(0)
+    for _ in range(2):
+        assert held(1, 2, 3) == [1, 2, 3]
+    others = held(0)[1:]
+    assert held(*others) == [0, *others]
+    assert held(4)[0] == 0  # the longest unused, and used once since its return; the others three times
 
 
 def test_computations_are_settled_before_rows_change():
