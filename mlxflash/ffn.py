@@ -25,35 +25,37 @@ SEED_TOKENS = 8  # of a prompt: their active units are worth more than older one
 
 
 class Blocks:
-    """Two buffers that every layer's stream takes in turn: one is read while the other is computed.
+    """Two buffers that every layer's stream takes in turn: while one is computed the other is read.
 
     `gap` is how many held records between two wanted ones are cheaper to read again than to step over.
     """
 
     def __init__(self, pair: tuple[Rows, Rows], gap: int):
         self.pair, self.gap = pair, gap
-        self._landing: Landing | None = None
+        self._landings: list[Landing | None] = [None, None]
 
     def start(self, i: int, reader: Reader, source: Source, units: np.ndarray) -> None:
         """Read block number `i` of a stream, `units`, into its buffer."""
-        self._landing = self.pair[i % 2].land(reader, source, units, np.arange(len(units)))
+        self._landings[i % 2] = self.pair[i % 2].land(reader, source, units, np.arange(len(units)))
 
-    def wait(self) -> None:
-        if self._landing is not None:
-            landing = self._landing
+    def wait(self, i: int) -> None:
+        """Until block number `i` is there."""
+        landing = self._landings[i % 2]
+        if landing is not None:
             landing.wait()
-            self._landing = None
+            self._landings[i % 2] = None
 
     def reset(self) -> None:
-        """Forget a read that is known to have come to rest."""
-        self._landing = None
+        """Forget reads that are known to have come to rest."""
+        self._landings = [None, None]
 
     def drain(self) -> None:
-        """Let a read that an abandoned stream left behind come to rest."""
-        try:
-            self.wait()
-        except OSError:
-            self._landing = None
+        """Let reads that an abandoned stream left behind come to rest."""
+        for i in range(2):
+            try:
+                self.wait(i)
+            except OSError:
+                self._landings[i] = None
 
 
 @dataclass
@@ -157,8 +159,6 @@ class FlashFFN(nn.Module):
     def _streams_faster(self, ids: np.ndarray) -> bool:
         """Whether all units that are not held pass sooner than those of `ids` are read one by one."""
         layer, stride = self._layer, self._layer.stride
-        if len(ids) > layer.window.capacity:
-            return True
         missing = int(np.count_nonzero(layer.window.slot_of[ids] < 0))
         absent = layer.units - layer.window.num_rows
         if layer.disk is None:
@@ -181,14 +181,12 @@ class FlashFFN(nn.Module):
         runs = _blocks(held, blocks.pair[0].capacity, blocks.gap)
         blocks.drain()
         mx.eval(y)  # before admitted rows overwrite any that this product reads
-        if runs:
-            blocks.start(0, layer.reader, layer.source, runs[0])
+        for i, units in enumerate(runs[:2]):
+            blocks.start(i, layer.reader, layer.source, units)
         for i, units in enumerate(runs):
             t0 = time.perf_counter()
-            blocks.wait()
+            blocks.wait(i)
             layer.times.flash += time.perf_counter() - t0
-            if i + 1 < len(runs):
-                blocks.start(i + 1, layer.reader, layer.source, runs[i + 1])
             rows, keep = blocks.pair[i % 2], ~held[units]
             part, active = rows.ffn(x, len(units), None if keep.all() else keep, seeds)
             y = y + part
@@ -197,6 +195,8 @@ class FlashFFN(nn.Module):
                 used = np.flatnonzero(active.any(axis=0))
                 window.touch(units[used], active[:, used], first)
                 window.admit(units[used], rows, used)
+            if i + 2 < len(runs):  # the other buffer's read has been under way: the disk never waits for a computation
+                blocks.start(i + 2, layer.reader, layer.source, runs[i + 2])
         return y.astype(x.dtype)
 
 
