@@ -95,7 +95,7 @@ def run_flash(
         rank = RANKS[i >= len(m.layers) - LATE_LAYERS]
         predictors.append(Paced(backend, layer.units, m.d_model, rank, trace.sets["late"], i))
     # A virtual machine's host takes back memory that was freed, and gives it again at 0.4 GB/s (RESULTS.md).
-    host_memory(parse_memory(memory, bundle.streamed_bytes() + bundle.resident_bytes()) or 0).release()
+    host_memory(bundle.resident_bytes()).release()
     begin = time.perf_counter()
     with load_bundle(
         bundle.path,
