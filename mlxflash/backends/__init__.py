@@ -104,8 +104,8 @@ class Backend(Protocol):
     def layer_bytes(self, ffn: FFN) -> int:
         """Memory that `rows` takes beside its slots."""
 
-    def project(self, x: mx.array, weight: "Matrix") -> Callable[[], np.ndarray]:
-        """x [tokens, columns] times a resident matrix: what is returned gives float32 [tokens, rows] on the host.
+    def project(self, x: mx.array, *weights: "Matrix") -> Callable[[], np.ndarray]:
+        """x [tokens, columns] times resident matrices in turn: what is returned gives float32 [tokens, rows].
 
         The device may compute between the two calls, so that several products cost one synchronisation.
         """

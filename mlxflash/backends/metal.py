@@ -89,14 +89,14 @@ class MLXBackend:
     def layer_bytes(self, ffn: FFN) -> int:
         return PAGE * len(ffn.record.parts)  # what aligning an array costs
 
-    def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
-        if weight.scales is not None:
-            x = x.astype(mx.float32) if self._device == mx.cpu else x  # half-precision x is 40 times slower there
-            y = mx.quantized_matmul(
-                x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
-            )
-        else:
-            y = x @ weight.weight.T
+    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+        y = x
+        for m in weights:
+            if m.scales is not None:
+                y = y.astype(mx.float32) if self._device == mx.cpu else y  # half-precision x is 40 times slower there
+                y = mx.quantized_matmul(y, m.weight, m.scales, m.biases, True, m.group_size, m.bits)
+            else:
+                y = y @ m.weight.T
         y = y.astype(mx.float32)
         mx.async_eval(y)
         return lambda: np.asarray(y)
