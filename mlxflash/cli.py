@@ -301,7 +301,8 @@ def run_train(args: argparse.Namespace) -> None:
     from mlxflash.train import stretches, train
 
     start = time.perf_counter()
-    bundle = Bundle.open(args.bundle)
+    _check_tokens(args)
+    bundle = Bundle.open(_story(args.bundle))
     words = _read_words(args.text)
     tokenizer = load_tokenizer(bundle.path)
     length = min(512, max_positions(bundle.config()))

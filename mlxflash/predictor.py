@@ -194,7 +194,7 @@ def _read_matrix(arrays: dict[str, mx.array], meta: dict[str, str], name: str) -
 
 def _has_shape(m: Matrix, rows: int, columns: int) -> bool:
     """Whether a quantised matrix is [rows, columns], in every part, of types and groups that kernels take."""
-    if m.bits not in range(1, 9) or m.group_size not in (32, 64, 128) or not rows or columns % m.group_size:
+    if m.bits not in (2, 3, 4, 5, 6, 8) or m.group_size not in (32, 64, 128) or not rows or columns % m.group_size:
         return False
     groups, kinds = (rows, columns // m.group_size), (mx.uint32, mx.float16, mx.float16)
     shapes = (m.weight.shape, m.scales.shape, m.biases.shape) == ((rows, columns * m.bits // 32), groups, groups)

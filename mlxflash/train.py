@@ -32,7 +32,7 @@ RECALL = 0.96  # what the stored offsets reach at MARGIN, on inputs held out fro
 GOOD_ENOUGH = 1.2  # flagged over active units at RECALL that the start of a rank must reach to be chosen
 BATCH, EPOCHS, RATE = 1024, 12, 2e-3
 LEAST_GAIN = 0.001  # an epoch that lowers flagged over active by less is the last
-BALANCE = 4.0  # weight of a missed unit against a needless one: about where both cost the same at RECALL
+MOST_BALANCE = 30.0  # times that a missed unit may count against a needless one
 BITS = 8  # of the factors: flagged units +0.3 % beside float16's, at half the memory
 HELD_OUT_TOKENS = 4096
 CHUNK = 1024
@@ -63,11 +63,13 @@ def train(
 ) -> Bundle:
     """Train `low-rank` on `sequences` (int [n] tokens each; the last is kept to report on) and measure it.
 
-    Goes on where an interrupted call with the same arguments was. Returns the bundle, reopened. Raises ValueError
-    when there is too little text, too little disk, or an activation that is not a number (names the layer).
+    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError
+    for a width that factors do not fit, too little text, too little disk, NaN activations (names the layer).
     """
-    if len(sequences) < LEAST_SEQUENCES or min(map(len, sequences)) < 2:
-        raise ValueError(f"{len(sequences)} sequences of text are too few to train on: give {LEAST_SEQUENCES} or more")
+    if bundle.manifest.d_model % 32:
+        raise ValueError(f"{bundle.path}: width {bundle.manifest.d_model} is not in groups of 32, as 8-bit factors are")
+    if len(sequences) <= LEAST_SEQUENCES or min(map(len, sequences)) < 2:
+        raise ValueError(f"{len(sequences)} sequences of text are too few to train on: at least {LEAST_SEQUENCES + 1}")
     *used, reported = sequences
     folder = bundle.path / "training"
     _open_folder(folder, bundle, used)
@@ -220,8 +222,10 @@ def deciding(bundle: Bundle, index: int) -> tuple[Matrix, np.ndarray, np.ndarray
 
 def floats(m: Matrix) -> np.ndarray:
     """A matrix's values, float32 [rows, columns]."""
-    plain = mx.dequantize(m.weight, m.scales, m.biases, m.group_size, m.bits) if m.bits else m.weight
-    return np.array(plain.astype(mx.float32))
+    if not m.bits:
+        return np.array(m.weight.astype(mx.float32))
+    scales, biases = m.scales.astype(mx.float32), m.biases.astype(mx.float32)  # or the result is in half precision
+    return np.array(mx.dequantize(m.weight, scales, biases, m.group_size, m.bits))
 
 
 def _pack(x: np.ndarray, exact: Matrix, bias: np.ndarray, backend: Backend) -> np.ndarray:
@@ -289,14 +293,19 @@ def fit(
     """Adam on the balanced logistic loss: x [tokens, d_model], `active` bits [tokens, units / 8].
 
     `xp` computes: mlx.core on a GPU, or numpy. Stops when an epoch no longer helps on `test` (inputs, bool [tokens,
-    units]). `state` keeps every epoch's end, so that a killed run repeats one at most.
+    units]) and returns what was best there. `state` keeps every epoch's end, so that a killed run repeats one at most.
     """
-    values = [start.inner, start.outer, start.offset]
-    values += [np.zeros_like(v) for v in values * 2]
-    best, first = flagged_at(RECALL, start(test[0]), test[1])[0], 0
+    best, cut = flagged_at(RECALL, start(test[0]), test[1])
+    balance = float(np.exp(np.clip(-cut, 0, np.log(MOST_BALANCE))))  # the loss decides at 0 what RECALL decides at cut
+    best_values, first = [start.inner, start.outer, start.offset + np.float32(np.log(balance))], 0
+    values = best_values + [np.zeros_like(v) for v in best_values * 2]
     if state is not None and state.exists():
         saved, meta = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(state), return_metadata=True))
-        values, best, first = [np.array(saved[str(i)]) for i in range(9)], float(meta["best"]), int(meta["epochs"])
+        values, best_values = (
+            [np.array(saved[str(i)]) for i in range(9)],
+            [np.array(saved[f"best{i}"]) for i in range(3)],
+        )
+        best, first = float(meta["best"]), int(meta["epochs"])
     batches = max(1, len(x) // BATCH)
     for epoch in range(first, EPOCHS):
         order = np.random.default_rng([seed, epoch]).permutation(len(x))
@@ -307,25 +316,28 @@ def fit(
             bits = np.unpackbits(active[rows], axis=1, count=len(start.offset))
             step = epoch * batches + i + 1
             rate = RATE * min(1, step / 20) * (1 - step / (EPOCHS * batches + 1))
-            arrays = _step(xp, arrays, xp.array(x[rows].astype(np.float32)), xp.array(bits), step, rate)
+            arrays = _step(xp, arrays, xp.array(x[rows].astype(np.float32)), xp.array(bits), balance, step, rate)
         values = [np.array(a) for a in arrays]
         now = flagged_at(RECALL, Factors(*values[:3])(test[0]), test[1])[0]
-        stop, best = now > best * (1 - LEAST_GAIN), min(best, now)
+        stop = now > best * (1 - LEAST_GAIN)
+        if now < best:
+            best, best_values = now, values[:3]
         meta = {"best": str(best), "epochs": str(EPOCHS if stop else epoch + 1)}
         if state is not None:
-            save_arrays(state, {str(i): mx.array(v) for i, v in enumerate(values)}, meta)
+            named = {str(i): v for i, v in enumerate(values)} | {f"best{i}": v for i, v in enumerate(best_values)}
+            save_arrays(state, {name: mx.array(v) for name, v in named.items()}, meta)
         if stop:
             break
     progress(EPOCHS * batches, EPOCHS * batches)
-    return Factors(*values[:3])
+    return Factors(*best_values)
 
 
-def _step(xp: Any, arrays: list[Any], x: Any, active: Any, step: int, rate: float) -> list[Any]:
+def _step(xp: Any, arrays: list[Any], x: Any, active: Any, balance: float, step: int, rate: float) -> list[Any]:
     """One Adam step; `arrays` are the three factors, their first and their second moments."""
     inner, outer, offset = arrays[:3]
     latent = x @ inner.T
     odds = xp.clip(latent @ outer.T + offset, -30, 30)
-    error = (1 / (1 + xp.exp(-odds)) - active) * (1 + (BALANCE - 1) * active) / len(x)
+    error = (1 / (1 + xp.exp(-odds)) - active) * (1 + (balance - 1) * active) / len(x)
     slopes = (error @ outer).T @ x, error.T @ latent, error.sum(axis=0)
     firsts = [0.9 * m + 0.1 * g for m, g in zip(arrays[3:6], slopes, strict=True)]
     seconds = [0.99 * v + 0.01 * g * g for v, g in zip(arrays[6:], slopes, strict=True)]
