@@ -302,7 +302,7 @@ def run_train(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     _check_tokens(args)
-    bundle = Bundle.open(_story(args.bundle))
+    bundle = Bundle.open(args.bundle)
     words = _read_words(args.text)
     tokenizer = load_tokenizer(bundle.path)
     length = min(512, max_positions(bundle.config()))

@@ -229,6 +229,7 @@ def test_a_trained_predictor_generates(command, library, tmp_path):
     bundle, text = tmp_path / "made.flash", tmp_path / "text.txt"
     assert command("convert", library.checkpoint(), bundle, "--calibrate", "none").code == 0
     text.write_text("It was the best of times, it was the worst of times. " * 400, encoding="utf-8")
+    refused(command("train", bundle, "--text", "nowhere.txt"), "nowhere.txt")
     run = command("train", bundle, "--text", text, "--tokens", "600")
     assert run.code == 0
     assert run.err.startswith(f"{bundle}: trained in ")
@@ -292,9 +293,8 @@ def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path
         (["verify", "nowhere"], ["nowhere", "not a bundle"]),
         (["calibrate", "nowhere"], ["nowhere", "not a bundle"]),
         (["train", "nowhere", "--text", "x"], ["nowhere", "not a bundle"]),
-        (["train", "story"], ["--text"]),
-        (["train", "story", "--text", "nowhere.txt"], ["nowhere.txt"]),
-        (["train", "story", "--text", "x", "--tokens", "0"], ["--tokens 0"]),
+        (["train", "nowhere"], ["--text"]),
+        (["train", "nowhere", "--text", "x", "--tokens", "0"], ["--tokens 0"]),
         ([*STORY, "--predictor", "low-rank"], ["no low-rank predictor", "mlxflash train"]),
         (["convert", "nowhere", "x"], ["nowhere", "no such directory"]),
     ],
