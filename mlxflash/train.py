@@ -26,14 +26,13 @@ from mlxflash.model import load_bundle
 from mlxflash.predictor import MARGIN, deciding_matrix, low_bit_matrix, save_arrays, save_low_rank
 from mlxflash.resident import one_part
 
-TOKENS = 50_000  # 13 s per layer on two cores; twice as many gain 0.5 % of the flagged units (RESULTS.md)
 LEAST_SEQUENCES = 4
 RECALL = 0.96  # what the stored offsets reach at MARGIN, on inputs held out from training
 GOOD_ENOUGH = 1.2  # flagged over active units at RECALL that the start of a rank must reach to be chosen
 BATCH, EPOCHS, RATE = 1024, 12, 2e-3
 LEAST_GAIN = 0.001  # an epoch that lowers flagged over active by less is the last
 MOST_BALANCE = 30.0  # times that a missed unit may count against a needless one
-BITS = 8  # of the factors: flagged units +0.3 % beside float16's, at half the memory
+BITS = 8  # of the factors: half the memory of float16 for 0.2 % more flagged units (RESULTS.md)
 HELD_OUT_TOKENS = 4096
 CHUNK = 1024
 
