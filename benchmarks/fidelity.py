@@ -61,11 +61,17 @@ def losses(model: Any, stretches: list[np.ndarray]) -> np.ndarray:
 
 
 def measure(
-    bundle: Bundle, stretches: list[np.ndarray], memory: str, window: int | None, dense: float
+    bundle: Bundle, stretches: list[np.ndarray], memory: str, window: int | None, dense: float, predictor: str
 ) -> dict[str, Any]:
     """One row: decode the stretches at one budget and window."""
     with load_bundle(
-        bundle.path, memory=memory, window=window, direct=True, look_ahead=False, max_kv_size=STRETCH, bundle=bundle
+        bundle.path,
+        memory=memory,
+        window=window,
+        predictor=predictor,
+        direct=True,
+        max_kv_size=STRETCH,
+        bundle=bundle,
     ) as model:
         before, counted = model.flash.snapshot(), kernel_bytes()
         said = losses(model, stretches)
@@ -84,11 +90,13 @@ def measure(
     }
 
 
-def recall(bundle: Bundle, stretches: list[np.ndarray], memory: str, whole: int) -> list[dict[str, float]]:
+def recall(
+    bundle: Bundle, stretches: list[np.ndarray], memory: str, whole: int, predictor: str
+) -> list[dict[str, float]]:
     """Recall and share flagged of each layer's predictor, against the truly active units."""
     with (
         load_bundle(bundle.path, memory=whole - 1, predictor="oracle", max_kv_size=STRETCH, bundle=bundle) as oracle,
-        load_bundle(bundle.path, memory=memory, max_kv_size=STRETCH, look_ahead=False, bundle=bundle) as model,
+        load_bundle(bundle.path, memory=memory, predictor=predictor, max_kv_size=STRETCH, bundle=bundle) as model,
     ):
         watched = []
         for layer, truth in zip(model.flash.layers, oracle.flash.layers, strict=True):
@@ -111,6 +119,10 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="held-out text, never the one calibrated on")
     parser.add_argument("--stretches", type=int, default=8, help=f"stretches of {STRETCH} tokens (8)")
     parser.add_argument("--memory", nargs="+", required=True, help="budgets, as for generate")
+    parser.add_argument("--predictor", default="low-bit", help="low-bit (the default) or low-rank")
+    parser.add_argument(
+        "--windows", nargs="+", type=int, default=WINDOWS, help="tokens that units stay, 0: as long as they can"
+    )
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
     ids = np.array(load_tokenizer(args.bundle).encode(args.text.read_text()), np.int64)
@@ -123,8 +135,8 @@ def main() -> None:
     rows = []
     print("  pool  memory  window  perplexity  change   bytes/token   kernel's     reads  hit rate")
     for memory in args.memory:
-        for window in WINDOWS:
-            row = measure(bundle, stretches, memory, window, dense)
+        for window in args.windows:
+            row = measure(bundle, stretches, memory, window or None, dense, args.predictor)
             rows.append(row)
             print(
                 f"{row['pool_share']:6.1%}  {memory:>6}  {window or 'none':>6}  {row['perplexity']:10.4f}"
@@ -132,7 +144,7 @@ def main() -> None:
                 f"  {row['reads_per_token']:8.1f}  {row['hit_rate']:.1%}",
                 flush=True,
             )
-    layers = recall(bundle, stretches, args.memory[0], whole.memory)
+    layers = recall(bundle, stretches, args.memory[0], whole.memory, args.predictor)
     print("layer  active   flagged  flagged/active  recall")
     for i, r in enumerate(layers):
         print(f"{i:5}  {r['active']:6.2%}  {r['flagged']:7.2%}  {r['flagged'] / r['active']:14.3f}  {r['recall']:.2%}")

@@ -3,7 +3,8 @@
 Modules import only from those below themselves:
 
     cli, api                     commands; load()
-    hub, calibrate               names to bundles; measuring a predictor
+    hub, train                   names to bundles; training a predictor
+    calibrate                    measuring a predictor
     converters, evaluate         checkpoints to bundles; what a model says of text
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model

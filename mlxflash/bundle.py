@@ -364,14 +364,14 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
 
 
 def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> None:
-    """What `calibrate` measured, as far as it is used: each layer's demand, the low-bit predictor's figures."""
+    """What `calibrate` measured, as far as it is used: each layer's demand, the stored predictors' figures."""
     numbers = []
     if "demand" in data:
         numbers = _get(data, "demand", list, f"{where}, calibration")
         if len(numbers) != num_layers:
             raise BundleError(f"{where}: demand of {len(numbers)} layers, there are {num_layers}; calibrate again")
-    if "low-bit" in data:
-        figures = _get(data, "low-bit", dict, f"{where}, calibration")
+    for name in data.keys() & {"low-bit", "low-rank"}:
+        figures = _get(data, name, dict, f"{where}, calibration")
         numbers = [*numbers, *(figures.get(key) for key in ("recall", "perplexity_change", "margin"))]
     for number in numbers:
         if not (_is_int(number) or isinstance(number, float)) or not math.isfinite(number):

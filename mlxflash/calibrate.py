@@ -18,9 +18,9 @@ from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
 from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
 from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
-from mlxflash.model import FlashModel, load_bundle
+from mlxflash.model import STORED, FlashModel, load_bundle
 from mlxflash.models import max_positions
-from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, save_low_bit
+from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, read_low_rank, save_low_bit
 from mlxflash.resident import one_part
 
 DEMAND_TOKENS = 5  # a layer's demand is the union of this many tokens' flagged units, the paper's window
@@ -44,6 +44,11 @@ class Recorder(nn.Module):
     def inputs(self) -> np.ndarray:
         return np.concatenate(self._seen)
 
+    def take(self) -> np.ndarray:
+        """What was kept since the last call."""
+        x, self._seen = self.inputs(), []
+        return x
+
 
 def calibrate(
     bundle: Bundle,
@@ -53,20 +58,21 @@ def calibrate(
     memory: str | int | None = None,
     device: str | None = None,
     progress: Progress = lambda what, done, total: None,
+    predictor: str = "low-bit",
 ) -> Bundle:
-    """Measure the low-bit predictor on `tokens` (int [n]; None: text the model makes up itself) and record it.
+    """Measure a stored predictor on `tokens` (int [n]; None: text the model makes up itself) and record it.
 
     At most `num_tokens` are used, in sequences no longer than the model's positions. Returns the bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
-    if "low-bit" not in bundle.predictors():
-        raise BundleError(f"{bundle.path}: has no low-bit predictor to calibrate; convert again")
+    if predictor not in bundle.predictors():
+        raise BundleError(f"{bundle.path}: has no {predictor} predictor to calibrate; {STORED[predictor]}")
     if tokens is not None:
         check_length(tokens)
     source = "text" if tokens is not None else "the model's own text"
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
         sequences = _sequences(model, tokens, num_tokens, progress)
-        recorders = _record(model)
+        recorders = record_inputs(model)
         exact = []
         for i, sequence in enumerate(sequences):
             progress("exact pass", i, len(sequences))
@@ -79,14 +85,15 @@ def calibrate(
     layers, ahead = [], []
     for index, x in enumerate(inputs):
         progress("layers", index, len(inputs))
-        measured, early = _measure_layer(bundle, index, x, inputs[index - 1] if index else None, device)
+        before = inputs[index - 1] if index and predictor == "low-bit" else None
+        measured, early = _measure_layer(bundle, index, x, before, device, predictor)
         layers.append(measured)
         ahead += [early] if early else []
     progress("layers", len(inputs), len(inputs))
     half = max(1, len(sequences) // 2)
     reported = sequences[half:] or sequences
     losses, total = [], sum(len(s) - 1 for s in reported)
-    with load_bundle(bundle.path, memory=memory, window=1, device=device, bundle=bundle) as model:
+    with load_bundle(bundle.path, memory=memory, window=1, predictor=predictor, device=device, bundle=bundle) as model:
         if not model.flash.exact:
             for sequence in reported:
                 model.flash.forget()
@@ -97,7 +104,7 @@ def calibrate(
     change = perplexity(np.array(losses)) / dense - 1 if losses else 0.0
     active, hit = sum(r["active"] for r in layers), sum(r["active"] * r["recall"] for r in layers)
     result: dict[str, Any] = {
-        "low-bit": {
+        predictor: {
             "recall": hit / active if active else 1.0,
             "flagged": float(np.mean([r["flagged"] for r in layers])),
             "active": float(np.mean([r["active"] for r in layers])),
@@ -152,7 +159,8 @@ def _own_text(model: FlashModel, length: int, progress: Progress) -> list[np.nda
     return list(np.stack(steps, axis=1))
 
 
-def _record(model: FlashModel) -> list[Recorder]:
+def record_inputs(model: FlashModel) -> list[Recorder]:
+    """Put a Recorder before every FFN."""
     recorders = []
     for layer in model.layers:
         name = next(name for name, module in layer.children().items() if type(module).__name__ == "FlashFFN")
@@ -162,9 +170,9 @@ def _record(model: FlashModel) -> list[Recorder]:
 
 
 def _measure_layer(
-    bundle: Bundle, index: int, x: np.ndarray, before: np.ndarray | None, device: str | None
+    bundle: Bundle, index: int, x: np.ndarray, before: np.ndarray | None, device: str | None, predictor: str
 ) -> tuple[dict[str, float], dict[str, float] | None]:
-    """Set a layer's errors from the first half of x [tokens, d_model]; measure the second half.
+    """Set a layer's errors (low-bit) from the first half of x [tokens, d_model]; measure the second half.
 
     From `before`, what the layer before was given for the same tokens, the look-ahead to this layer is fitted.
     """
@@ -174,23 +182,26 @@ def _measure_layer(
     units, stride = bundle.manifest.layers[index].units, ffn.record.stride
     raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES)
     exact = deciding_matrix(ffn, raw.reshape(units, stride))
-    file = bundle.predictor_files("low-bit")[index]
-    matrix, _, _ = read_low_bit(file, ffn, bundle.manifest.layers[index])
+    file = bundle.predictor_files(predictor)[index]
     bias = one_part(bundle, index, f"{ffn.first}_bias", units)
 
-    def products(weight: Matrix, x: np.ndarray) -> np.ndarray:
-        return backend.project(mx.array(x), weight)() + bias
+    def products(x: np.ndarray, *weights: Matrix) -> np.ndarray:
+        return backend.project(mx.array(x), *weights)()
 
-    true, estimate = products(exact, x), products(matrix, x)
-    half = max(1, len(x) // 2)
+    true, half = products(x, exact) + bias, max(1, len(x) // 2)
+    active = true > 0
+    if predictor == "low-rank":
+        inner, outer, offset = read_low_rank(file, ffn, bundle.manifest.layers[index])
+        return _measured(active[half:], products(x, inner, outer)[half:] + offset + MARGIN > 0), None
+    matrix, _, _ = read_low_bit(file, ffn, bundle.manifest.layers[index])
+    estimate = products(x, matrix) + bias
     shift, error = _errors(estimate[:half], true[:half])
     save_low_bit(file, matrix, shift, error)
-    active = true > 0
     measured = _measured(active[half:], estimate[half:] - shift + MARGIN * error > 0)
     if before is None or len(x) < LEAST_TOKENS:
         return measured, None
     fit = Fit.of(before[:half], x[:half])
-    estimate = products(matrix, fit(before))
+    estimate = products(fit(before), matrix) + bias
     most = half + (len(x) - half) // 2  # the fitted half would say too little of the error
     shift, error = _errors(estimate[half:most], true[half:most])
     folder = bundle.path / "predictors" / "look-ahead"

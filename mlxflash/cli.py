@@ -61,6 +61,7 @@ def parser() -> Parser:
     _add_generate(verbs.add_parser("generate", help="generate text from a prompt"))
     _add_convert(verbs.add_parser("convert", help="convert a checkpoint into a bundle"))
     _add_calibrate(verbs.add_parser("calibrate", help="measure a bundle's predictor on text"))
+    _add_train(verbs.add_parser("train", help="train a low-rank predictor for a bundle"))
     info = verbs.add_parser("info", help="say what a bundle is")
     info.add_argument("bundle", type=Path)
     info.add_argument("--json", action="store_true", help="print one JSON object")
@@ -85,7 +86,9 @@ def _add_generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-kv-size", type=int, default=None, help="tokens the key-value cache holds before it rotates")
     p.add_argument("--memory", default=None, help="budget for all but the interpreter: 2GB, or 60%% of the model")
     p.add_argument("--window", type=int, default=None, help="drop units that the last K tokens did not use")
-    p.add_argument("--predictor", default=None, choices=["low-bit", "oracle", "all"], help="which units a token needs")
+    p.add_argument(
+        "--predictor", default=None, choices=["low-bit", "low-rank", "oracle", "all"], help="which units a token needs"
+    )
     p.add_argument(
         "--look-ahead",
         action=argparse.BooleanOptionalAction,
@@ -123,9 +126,19 @@ def _add_calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", type=Path)
     p.add_argument("--text", default=None, metavar="FILE", help="text to measure on (the model's own)")
     p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
+    p.add_argument("--predictor", default="low-bit", choices=["low-bit", "low-rank"], help="which one (low-bit)")
     p.add_argument("--memory", default=None, help="as for generate")
     p.add_argument("--device", default=None, help="as for generate")
     p.set_defaults(run=run_calibrate)
+
+
+def _add_train(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", type=Path)
+    p.add_argument("--text", required=True, metavar="FILE", help="text to train on")
+    p.add_argument("--tokens", type=int, default=50_000, help="tokens to train on, from all over the text (50000)")
+    p.add_argument("--memory", default=None, help="as for generate, while the model's own inputs are recorded")
+    p.add_argument("--device", default=None, help="as for generate")
+    p.set_defaults(run=run_train)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -276,8 +289,32 @@ def run_calibrate(args: argparse.Namespace) -> None:
     tokens = None if args.text is None else _read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
         bundle = calibrate(
-            bundle, tokens, num_tokens=args.tokens, memory=args.memory, device=args.device, progress=progress
+            bundle,
+            tokens,
+            num_tokens=args.tokens,
+            memory=args.memory,
+            device=args.device,
+            progress=progress,
+            predictor=args.predictor,
         )
+    print(describe(bundle))
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from mlxflash.api import load_tokenizer
+    from mlxflash.models import max_positions
+    from mlxflash.train import stretches, train
+
+    start = time.perf_counter()
+    _check_tokens(args)
+    bundle = Bundle.open(args.bundle)
+    words = _read_words(args.text)
+    tokenizer = load_tokenizer(bundle.path)
+    length = min(512, max_positions(bundle.config()))
+    sequences = stretches(words, tokenizer.encode, args.tokens, length)
+    with Progress() as progress:
+        bundle = train(bundle, sequences, memory=args.memory, device=args.device, progress=progress)
+    say(f"{bundle.path}: trained in {time.perf_counter() - start:.1f} s")
     print(describe(bundle))
 
 
@@ -295,13 +332,17 @@ def _read_text(file: str, model: Path, num_tokens: int) -> Any:
     from mlxflash.api import load_tokenizer
     from mlxflash.calibrate import check_length
 
-    try:
-        words = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8 text") from None
+    words = _read_words(file)
     tokens = np.array(load_tokenizer(model).encode(words[: 16 * num_tokens])[:num_tokens], np.int64)
     check_length(tokens)
     return tokens
+
+
+def _read_words(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8 text") from None
 
 
 def run_info(args: argparse.Namespace) -> None:

@@ -28,12 +28,13 @@ from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
-from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit
+from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import Tensor, ffn_parts, tensors
 from mlxflash.window import Window
 
-PREDICTORS = ("all", "oracle", "low-bit")
+STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
+PREDICTORS = ("all", "oracle", *STORED)
 LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
@@ -202,13 +203,13 @@ def load_bundle(
     """The model of a bundle, ready to compute.
 
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
-    hold it whole, within what is available). predictor: "low-bit" (default), "all" (exact), "oracle" (needs the
-    deciding matrices in memory; a bound), or predictors of your own, one per layer. window: drop units that the last
-    `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted). max_kv_size: tokens
-    of key-value cache to plan for. margin: in standard errors of the low-bit estimate. check_reads: compare every
-    record read with its checksum.
-    look_ahead: ask for the next layer's units while this one computes (None: where reads wait for a disk and the
-    bundle was calibrated for it).
+    hold it whole, within what is available). predictor: "low-bit" (default), "low-rank" (trained), "all" (exact),
+    "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one per layer. window: drop
+    units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted).
+    max_kv_size: tokens of key-value cache to plan for. margin: in standard errors of the low-bit estimate, in log-odds
+    for low-rank. check_reads: compare every record read with its checksum.
+    look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
+    for a disk and the bundle was calibrated for it).
     direct: bypass the page cache (None: when the bundle is larger than half the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -231,8 +232,8 @@ def load_bundle(
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
     if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
-    if predictor == "low-bit" and "low-bit" not in bundle.predictors():
-        raise BundleError(f"{where}: has no low-bit predictor; convert again, or use --exact")
+    if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
+        raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
     if own is not None:
         predictor = "own"
     elif predictor is None:
@@ -246,6 +247,8 @@ def load_bundle(
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
     if look_ahead is None:
         look_ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
+    if look_ahead and predictor == "low-rank":
+        raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
     if look_ahead:
         own_bytes += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead"))
     sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes)
@@ -328,18 +331,20 @@ def _predictor(
         return None
     layer = bundle.manifest.layers[index]
     offset = source.resident.get(f"{ffn.first}_bias", np.zeros(layer.units, np.float32))
-    if name == "low-bit":
+    if name in STORED:
         files = bundle.predictor_files(name)
         if len(files) != bundle.num_layers:
             raise BundleError(
                 f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; convert again"
             )
+        if name == "low-rank":
+            return load_low_rank(files[index], backend, ffn, layer, margin)
         return load_low_bit(files[index], backend, ffn, layer, offset, margin)
     stride = ffn.record.stride
     raw = np.fromfile(bundle.layer_path(index), np.uint8, layer.units * stride, offset=HEADER_BYTES)
     matrix = deciding_matrix(ffn, raw.reshape(layer.units, stride))
     mx.eval(matrix.weight)
-    return Projection(backend, matrix, offset)
+    return Projection(backend, (matrix,), offset)
 
 
 def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
@@ -348,7 +353,7 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
         return "exact (all resident)" if plan.whole else "exact"
     if predictor == "oracle":
         return "exact (oracle)"
-    said = bundle.manifest.calibration.get("low-bit")
+    said = bundle.manifest.calibration.get(predictor)
     if not said or margin != said["margin"]:
         return "approximate (not measured)"
     return f"approximate (recall {said['recall']:.1%}, perplexity {said['perplexity_change']:+.2%})"
@@ -407,7 +412,7 @@ def _sizes(
     )
     stored = sum(t.num_bytes for t in found)
     predictor_bytes = own
-    if predictor == "low-bit":
+    if predictor in STORED:
         predictor_bytes += sum(f.stat().st_size for f in bundle.predictor_files(predictor))
     elif predictor == "oracle":
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)

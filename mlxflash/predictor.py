@@ -2,7 +2,8 @@
 
 A false negative is a small error, a false positive is a read. `all` is no predictor: every unit is needed, and the
 FFN streams. `oracle` knows the truly active units from full weights (a law and a bound, not a way to save memory).
-`low-bit` estimates the deciding product from a copy of its matrix in a few bits; training-free.
+`low-bit` estimates the deciding product from a copy of its matrix in a few bits; training-free. `low-rank` is the
+paper's: two small matrices that `train` made.
 """
 
 import os
@@ -34,24 +35,24 @@ class Predictor(Protocol):
 
 
 class Projection:
-    """Flags units whose estimated product x W^T + offset is above zero; serves `low-bit` and `oracle`.
+    """Flags units whose estimate x W1^T ... Wn^T + offset is above zero; serves every predictor that is stored.
 
     Source of a margin in units of the estimate's own error: after PowerInfer's and SparseInfer's (arXiv 2411.12692)
     conservative thresholds; here it is `margin` times each neuron's calibrated root-mean-square error.
     """
 
-    def __init__(self, backend: Backend, weight: Matrix, offset: np.ndarray):
-        self._backend, self._weight, self._offset = backend, weight, offset
-        self.nbytes = weight.nbytes + offset.nbytes
+    def __init__(self, backend: Backend, weights: tuple[Matrix, ...], offset: np.ndarray):
+        self._backend, self._weights, self._offset = backend, weights, offset
+        self.nbytes = sum(w.nbytes for w in weights) + offset.nbytes
 
     def at(self, offset: np.ndarray) -> "Projection":
-        """The same matrix under another offset, [units]; `nbytes` counts the offset alone."""
-        twin = Projection(self._backend, self._weight, offset)
+        """The same matrices under another offset, [units]; `nbytes` counts the offset alone."""
+        twin = Projection(self._backend, self._weights, offset)
         twin.nbytes = offset.nbytes
         return twin
 
     def start(self, x: mx.array) -> Ids:
-        product = self._backend.project(x, self._weight)
+        product = self._backend.project(x, *self._weights)
 
         def ids() -> np.ndarray:
             estimate = product()
@@ -123,7 +124,7 @@ def save_arrays(file: Path, arrays: dict[str, mx.array], meta: dict[str, str] | 
 def load_low_bit(file: Path, backend: Backend, ffn: FFN, layer: Layer, offset: np.ndarray, margin: float) -> Projection:
     """The low-bit predictor of one layer; `offset` is the deciding product's bias minus its threshold, [units]."""
     matrix, shift, error = read_low_bit(file, ffn, layer)
-    return Projection(backend, matrix, (offset - shift + margin * error).astype(np.float32))
+    return Projection(backend, (matrix,), (offset - shift + margin * error).astype(np.float32))
 
 
 def read_low_bit(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, np.ndarray, np.ndarray]:
@@ -142,6 +143,52 @@ def read_low_bit(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, np.ndarray
         raise BundleError(f"{file}: made for another model, {matrix.weight.shape[0]} units; convert again")
     mx.eval(matrix.weight, matrix.scales, matrix.biases)
     return matrix, shift, error
+
+
+def save_low_rank(file: Path, inner: Matrix, outer: Matrix, offset: np.ndarray) -> None:
+    """One layer's trained predictor: log-odds (x inner^T) outer^T + offset; [rank, d_model], [units, rank], [units]."""
+    arrays: dict[str, mx.array] = {"offset": mx.array(offset)}
+    meta: dict[str, str] = {}
+    for name, m in (("inner", inner), ("outer", outer)):
+        arrays |= {f"{name}.weight": m.weight, f"{name}.scales": m.scales, f"{name}.biases": m.biases}
+        meta |= {f"{name}.bits": str(m.bits), f"{name}.group_size": str(m.group_size)}
+    save_arrays(file, arrays, meta)
+
+
+def load_low_rank(file: Path, backend: Backend, ffn: FFN, layer: Layer, margin: float) -> Projection:
+    """The trained predictor of one layer; `margin` is in log-odds: one more flags what is e times less likely."""
+    inner, outer, offset = read_low_rank(file, ffn, layer)
+    return Projection(backend, (inner, outer), (offset + margin).astype(np.float32))
+
+
+def read_low_rank(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, Matrix, np.ndarray]:
+    """What save_low_rank wrote. Raises BundleError when the file is damaged or another model's."""
+    try:
+        arrays, meta = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True))
+        inner, outer = (_read_matrix(arrays, meta, name) for name in ("inner", "outer"))
+        offset = np.array(arrays["offset"].astype(mx.float32))
+    except (RuntimeError, KeyError, ValueError, TypeError) as problem:
+        raise BundleError(f"{file}: not a low-rank predictor ({problem}); train again") from None
+    rank = inner.weight.shape[0] if inner.weight.ndim else 0
+    good = _has_shape(inner, rank, ffn.d_model) and _has_shape(outer, layer.units, rank)
+    if not good or offset.shape != (layer.units,):
+        raise BundleError(f"{file}: made for another model, {offset.size} units; train again")
+    mx.eval([getattr(m, part) for m in (inner, outer) for part in ("weight", "scales", "biases")])
+    return inner, outer, offset
+
+
+def _read_matrix(arrays: dict[str, mx.array], meta: dict[str, str], name: str) -> Matrix:
+    words, scales, biases = (arrays[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
+    return Matrix(words, scales, biases, int(meta[f"{name}.bits"]), int(meta[f"{name}.group_size"]))
+
+
+def _has_shape(m: Matrix, rows: int, columns: int) -> bool:
+    """Whether a quantised matrix is [rows, columns], in every part, of types and groups that kernels take."""
+    if m.bits not in (2, 3, 4, 5, 6, 8) or m.group_size not in (32, 64, 128) or not rows or columns % m.group_size:
+        return False
+    groups, kinds = (rows, columns // m.group_size), (mx.uint32, mx.float16, mx.float16)
+    shapes = (m.weight.shape, m.scales.shape, m.biases.shape) == ((rows, columns * m.bits // 32), groups, groups)
+    return shapes and (m.weight.dtype, m.scales.dtype, m.biases.dtype) == kinds
 
 
 def deciding_matrix(ffn: FFN, raw: np.ndarray) -> Matrix:

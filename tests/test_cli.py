@@ -225,6 +225,22 @@ def test_convert_info_verify_and_calibrate_work_together(command, library, tmp_p
     assert f"mlxflash: {bundle}" not in command("info", bundle).out
 
 
+def test_a_trained_predictor_generates(command, library, tmp_path):
+    bundle, text = tmp_path / "made.flash", tmp_path / "text.txt"
+    assert command("convert", library.checkpoint(), bundle, "--calibrate", "none").code == 0
+    text.write_text("It was the best of times, it was the worst of times. " * 400, encoding="utf-8")
+    refused(command("train", bundle, "--text", "nowhere.txt"), "nowhere.txt")
+    run = command("train", bundle, "--text", text, "--tokens", "600")
+    assert run.code == 0
+    assert run.err.startswith(f"{bundle}: trained in ")
+    assert "predictor   low-rank, " in run.out
+    memory = ("--memory", "4.9MB", "--max-kv-size", "128")
+    run = command(*generate(bundle, "--predictor", "low-rank", *memory, "--json"))
+    assert json.loads(run.out)["mode"].startswith("approximate (recall ")
+    run = command("calibrate", bundle, "--text", text, "--predictor", "low-rank")
+    assert run.out.count("recall ") == 1
+
+
 def test_info_answers_without_mlx():
     code = (
         "import sys; from mlxflash.cli import main; main(['info', 'story']); main(['verify', 'story']);"
@@ -276,6 +292,10 @@ def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path
         (["info", "nowhere"], ["nowhere", "not a bundle"]),
         (["verify", "nowhere"], ["nowhere", "not a bundle"]),
         (["calibrate", "nowhere"], ["nowhere", "not a bundle"]),
+        (["train", "nowhere", "--text", "x"], ["nowhere", "not a bundle"]),
+        (["train", "nowhere"], ["--text"]),
+        (["train", "nowhere", "--text", "x", "--tokens", "0"], ["--tokens 0"]),
+        ([*STORY, "--predictor", "low-rank"], ["no low-rank predictor", "mlxflash train"]),
         (["convert", "nowhere", "x"], ["nowhere", "no such directory"]),
     ],
 )
@@ -481,6 +501,7 @@ def test_a_text_that_cannot_be_measured_on_is_refused(command, copy, library, tm
     else:
         (tmp_path / "text").write_bytes(content)
     refused(command("calibrate", bundle, "--text", tmp_path / "text"), *words)
+    refused(command("train", bundle, "--text", tmp_path / "text"), *words)
     assert {f: f.read_bytes() for f in bundle.rglob("*") if f.is_file()} == before
 
 

@@ -107,8 +107,9 @@ class Backend(Protocol):
     def multiply(self, x: mx.array, weight: "Matrix") -> mx.array:
         """x [tokens, columns] times a resident matrix: [tokens, rows]."""
 
-    def project(self, x: mx.array, weight: "Matrix") -> Callable[[], np.ndarray]:
-        """The same for the host: what is returned gives float32 [tokens, rows].
+    def project(self, x: mx.array, *weights: "Matrix") -> Callable[[], np.ndarray]:
+        """x [tokens, columns] times resident matrices in turn, for the host: what is returned gives float32
+        [tokens, rows].
 
         The device may compute between the two calls, so that several products cost one synchronisation.
         """

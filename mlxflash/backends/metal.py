@@ -97,8 +97,10 @@ class MLXBackend:
             x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
         )  # fmt: skip
 
-    def project(self, x: mx.array, weight: Matrix) -> Callable[[], np.ndarray]:
-        y = self.multiply(x, weight).astype(mx.float32)
+    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+        for weight in weights:
+            x = self.multiply(x, weight)
+        y = x.astype(mx.float32)
         mx.async_eval(y)
         return lambda: np.asarray(y)
 
