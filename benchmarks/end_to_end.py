@@ -66,7 +66,7 @@ class Paced:
         self.backend, self.sets, self.layer, self.token = backend, sets, layer, 0
 
     def start(self, x: mx.array) -> Ids:
-        product = self.backend.project(mx.maximum(self.backend.multiply(x, self._down), 0), self._up)
+        product = self.backend.project(x, self._down, self._up)
         return lambda: self._answer(product())
 
     def _answer(self, _: np.ndarray) -> np.ndarray:

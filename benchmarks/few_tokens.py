@@ -36,7 +36,7 @@ class PacedUnion(Paced):
     """The union of as many of the trace's tokens as it is given."""
 
     def start(self, x: mx.array) -> Ids:
-        product = self.backend.project(mx.maximum(self.backend.multiply(x, self._down), 0), self._up)
+        product = self.backend.project(x, self._down, self._up)
 
         def ids() -> np.ndarray:
             product()
@@ -116,7 +116,8 @@ def run(shape: str, memory: str, folder: Path, reps: int) -> list[dict[str, Any]
         if disk is None:
             raise SystemExit("few_tokens: this file system has no direct reads")
         parameters = sum(4 * m.d_model**2 + 2 * layer.units * m.d_model for layer in m.layers)
-        print(f"{shape}, {memory}: {model.flash.held_share():.1%} of the units held when full")
+        plan = model.flash.plan
+        print(f"{shape}, {memory}: room for {sum(plan.capacities) / sum(plan.units):.1%} of the units")
         print(
             "    M   union ms     MB    reads   stream ms     MB    reads   faster   chosen   x limit (read, BLAS ms)"
         )

@@ -7,7 +7,7 @@ find (RESULTS.md). Deja Vu (arXiv 2310.17157, section 4.3) looks ahead likewise,
 """
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -28,17 +28,17 @@ class LookAhead:
 
     def __init__(self, backend: Backend, fit: "Fit", then: Projection):
         self._backend, self._then = backend, then
-        self._scale, self._offset = mx.array(fit.scale), mx.array(fit.offset)
+        self._scale, self._offset = (backend.operand(mx.array(a)) for a in (fit.scale, fit.offset))
         self._down, self._up = (Matrix(mx.array(m.astype(np.float16, order="C"))) for m in (fit.down, fit.up))
-        mx.eval(self._scale, self._offset, self._down.weight, self._up.weight)
+        mx.eval(self._down.weight, self._up.weight)
         self.nbytes = self._scale.nbytes + self._offset.nbytes + self._down.nbytes + self._up.nbytes + then.nbytes
 
     def start(self, x: mx.array) -> Ids:
         """x [tokens, d_model] of this layer to ids of the next."""
-        return self._then.start(self.guess(x))
+        return self._then.start(self.guess(self._backend.operand(x)))
 
-    def guess(self, x: mx.array) -> mx.array:
-        """The next layer's input, as far as this layer's tells it; [tokens, d_model]."""
+    def guess(self, x: Any) -> Any:
+        """The next layer's input, as far as this layer's tells it: operands [tokens, d_model]."""
         low = self._backend.multiply(x, self._down)
         return x * self._scale + self._offset + self._backend.multiply(low, self._up).astype(x.dtype)
 

@@ -104,10 +104,13 @@ class Backend(Protocol):
     def layer_bytes(self, ffn: FFN) -> int:
         """Memory that `rows` takes beside its slots."""
 
-    def multiply(self, x: mx.array, weight: "Matrix") -> mx.array:
-        """x [tokens, columns] times a resident matrix: [tokens, rows]."""
+    def operand(self, x: mx.array) -> Any:
+        """x where this device computes on it: an array of MLX's, or of NumPy's where the host computes."""
 
-    def project(self, x: mx.array, *weights: "Matrix") -> Callable[[], np.ndarray]:
+    def multiply(self, x: Any, weight: "Matrix") -> Any:
+        """x [tokens, columns], an operand, times a resident matrix: an operand [tokens, rows]."""
+
+    def project(self, x: Any, *weights: "Matrix") -> Callable[[], np.ndarray]:
         """x [tokens, columns] times resident matrices in turn, for the host: what is returned gives float32
         [tokens, rows].
 

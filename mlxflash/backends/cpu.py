@@ -40,10 +40,13 @@ class CPUBackend:
     def layer_bytes(self, ffn: FFN) -> int:
         return 0
 
-    def multiply(self, x: mx.array, weight: Matrix) -> mx.array:
-        return mx.array(multiply(x, weight))
+    def operand(self, x: mx.array) -> np.ndarray:
+        return _host(x)
 
-    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+    def multiply(self, x: np.ndarray, weight: Matrix) -> np.ndarray:
+        return multiply(x, weight)
+
+    def project(self, x: mx.array | np.ndarray, *weights: Matrix) -> Callable[[], np.ndarray]:
         def product() -> np.ndarray:
             y = _host(x)
             for weight in weights:
