@@ -17,6 +17,7 @@ from mlxflash.bundle import BLOCK_BYTES, HEADER_BYTES, Record
 from mlxflash.reader import File, Reader
 
 HUGE_PAGE = 2 << 20
+START = np.ones(1, bool)  # the first record begins a read
 STAGING_BYTES = 2 << 20  # one round of reads that cannot land in place
 
 
@@ -156,15 +157,15 @@ def _spans(record: Record, positions: np.ndarray, slots: np.ndarray) -> np.ndarr
     Neighbours on disk that land in neighbouring slots become one read. Whole strides are read: what pads a record on
     disk pads its slot.
     """
-    spans = np.empty((len(positions), 3), np.uint64)
-    if len(positions) == 0:
+    joins = (positions[1:] == positions[:-1] + 1) & (slots[1:] == slots[:-1] + 1)
+    first = np.flatnonzero(np.concatenate((START, ~joins))[: len(positions)])
+    spans = np.empty((len(first), 3), np.uint64)
+    if len(first) == 0:
         return spans
-    first = np.flatnonzero((np.diff(positions, prepend=-9) != 1) | (np.diff(slots, prepend=-9) != 1))
-    count = np.diff(first, append=len(positions))
-    spans = spans[: len(first)]
+    last = np.concatenate((first[1:], [len(positions)]))
     spans[:, 0] = HEADER_BYTES + positions[first] * record.stride
     spans[:, 1] = slots[first] * record.stride
-    spans[:, 2] = count * record.stride
+    spans[:, 2] = (last - first) * record.stride
     return spans
 
 
