@@ -42,9 +42,7 @@ class Recency:
         self._last[:] = 0
 
 
-DECAY = (
-    0.98  # on recorded traces 0.97 to 0.99 read within 1 % of each other, and 4 to 16 % less than Recency (RESULTS.md)
-)
+DECAY = 0.98  # recorded traces: 0.97 to 0.99 read within 1 % of each other, 4 to 16 % less than Recency (RESULTS.md)
 
 
 class Frequency:
