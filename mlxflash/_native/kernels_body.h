@@ -285,16 +285,42 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
 /* --- one function per way of storing a row and number of tokens: 4, 2, 1 ------------------------------- */
 
 #define AXPY_ROWS 4
+#define DOT_ROWS 4
 
 typedef void (*dots_function)(const struct operand *p, const struct row *rows, const struct row *soon, size_t count,
                               const float *x, const float *x_groups, float *out, size_t out_stride);
 typedef void (*axpys_function)(const struct operand *p, const struct row *rows, size_t count, const float *h,
                                size_t h_stride, float *acc, float *acc_groups);
 
+/* R rows for M tokens: each value of x is loaded once for R rows. Four tokens and more are not waiting for memory. */
+INLINE void dense_dots(const int kind, const int R, const int M, const struct operand *p, const struct row *rows,
+                       const struct row *soon, const float *x, float *out, size_t out_stride) {
+    const size_t cols = p->format.cols;
+    vf sum[DOT_ROWS][4];
+    UNROLL for (int r = 0; r < R; r++) {
+        __builtin_prefetch(soon[r].weights);
+        UNROLL for (int t = 0; t < M; t++) sum[r][t] = vf_set(0);
+    }
+    for (size_t c = 0; c < cols; c += LANES, x += M * LANES) {
+        const bool is_whole = cols - c >= LANES;
+        UNROLL for (int r = 0; r < R; r++) {
+            const uint8_t *w = rows[r].weights + c * KIND_SIZE(kind);
+            const vf v = is_whole ? load_values(kind, w) : load_some_values(kind, w, cols - c);
+            UNROLL for (int t = 0; t < M; t++) sum[r][t] = vf_fma(v, vf_load(x + t * LANES), sum[r][t]);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int t = 0; t < M; t++) out[t * out_stride + r] = vf_sum(sum[r][t]);
+}
+
 INLINE void all_dots(const int kind, const int bits, const int M, const struct operand *p, const struct row *rows,
                      const struct row *soon, size_t count, const float *x, const float *x_groups, float *out,
                      size_t out_stride) {
-    for (size_t r = 0; r < count; r++)
+    size_t r = 0;
+    if (kind != AFFINE && M == 4)
+        for (; r + DOT_ROWS <= count; r += DOT_ROWS)
+            dense_dots(kind, DOT_ROWS, M, p, rows + r, soon + r, x, out + r, out_stride);
+    for (; r < count; r++)
         if (kind == AFFINE) affine_dot(bits, M, p, rows + r, soon + r, x, x_groups, out + r, out_stride);
         else dense_dot(kind, M, p, rows + r, soon + r, x, out + r, out_stride);
 }
