@@ -152,7 +152,9 @@ class FlashFFN(nn.Module):
             y = y + layer.rows.ffn(x, n, arriving)[0]
         while len(ticket.left):  # the pool is smaller than this token: the rest replaces some of what is computed
             mx.eval(y)
+            t2 = clock()
             new = layer.window.next(ticket)
+            times.flash += clock() - t2
             y = y + layer.rows.ffn(x, n, None if new.all() else new)[0]
         return y
 

@@ -2,8 +2,9 @@
 
 What an FFN is given changes little from layer to layer, and most of the change is linear in it: an affine map of small
 rank, fitted by least squares on calibration text, turns this layer's input into a guess at the next one's, and the next
-layer's own low-bit copy turns that into unit ids. On the story model the map doubles what the unchanged input would
-find (RESULTS.md). Deja Vu (arXiv 2310.17157, section 4.3) looks ahead likewise, with a network trained for each layer.
+layer's own low-bit copy turns that into unit ids. On the story model the map finds half as many again as the unchanged
+input would, and fewer in vain (RESULTS.md). Deja Vu (arXiv 2310.17157, section 4.3) looks ahead likewise, with a
+network trained for each layer.
 """
 
 from pathlib import Path
@@ -59,10 +60,11 @@ class Fit:
         mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
         x, y = x - mean_x, y - mean_y
         scale = (x * y).sum(axis=0) / np.maximum((x * x).sum(axis=0), 1e-6)
-        rank = min(RANK, x.shape[1] // WIDTH_PER_RANK, len(x) // TOKENS_PER_RANK)
+        rank = max(1, min(RANK, x.shape[1] // WIDTH_PER_RANK, len(x) // TOKENS_PER_RANK))
         rest = y - x * scale
         gram = x @ x.T
-        weights = np.linalg.solve(gram + RIDGE * np.trace(gram) / x.shape[1] * np.eye(len(x), dtype=x.dtype), rest)
+        ridge = max(RIDGE * float(np.trace(gram)) / x.shape[1], 1e-6)  # inputs that never change have no variance
+        weights = np.linalg.solve(gram + ridge * np.eye(len(x), dtype=x.dtype), rest)
         fitted = gram @ weights
         _, vectors = np.linalg.eigh(fitted @ fitted.T)
         main = fitted.T @ vectors[:, len(x) - rank :]  # the largest last
@@ -93,6 +95,6 @@ def read_look_ahead(file: Path, d_model: int, units: int) -> tuple[Fit, np.ndarr
         raise BundleError(f"{file}: not a look-ahead predictor ({problem}); calibrate again") from None
     rank = len(down)
     shapes = [a.shape for a in (scale, offset, down, up, shift, error)]
-    if shapes != [(d_model,), (d_model,), (rank, d_model), (d_model, rank), (units,), (units,)]:
+    if not rank or shapes != [(d_model,), (d_model,), (rank, d_model), (d_model, rank), (units,), (units,)]:
         raise BundleError(f"{file}: made for another model; calibrate again")
     return Fit(scale, offset, down, up), shift, error

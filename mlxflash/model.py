@@ -210,7 +210,7 @@ def load_bundle(
     for low-rank. check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
     for a disk and the bundle was calibrated for it).
-    direct: bypass the page cache (None: when the bundle is larger than half the memory available).
+    direct: bypass the page cache (None: when what streams is more than 0.7 of the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
     """

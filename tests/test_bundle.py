@@ -298,7 +298,7 @@ def test_any_value_of_a_manifest(library, tmp_path, bits, place):
     assert "refused" in outcome.values()
 
 
-@pytest.mark.parametrize("name", ["../x.bundle", "layers/../../x.bundle", "/tmp/x.bundle", "", ".", "layers", "a\0b"])
+@pytest.mark.parametrize("name", ["../x.bundle", "layers/../../x.bundle", "/x.bundle", "", ".", "layers", "a\0b"])
 def test_a_file_outside_the_bundle(ours, name):
     shutil.copy(ours / "layers/001.bundle", ours.parent / "x.bundle")
     manifest = json.loads((ours / "manifest.json").read_text())

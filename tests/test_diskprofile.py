@@ -117,7 +117,7 @@ def test_few_tokens_are_exact_either_way(library, backend, budget, disk):
                 assert_same_logits(got, want[cache[0].offset - len(part) : cache[0].offset], TOLERANCE[mx.float32])
                 for layer in model.flash.layers:
                     layer.window.check()
-        if disk is SLOW_READS or budget == "least":
-            assert streamed
-        elif disk is FAST_READS and budget == "room":
-            assert set(streamed) <= {65}
+        if disk is SLOW_READS:
+            assert set(streamed) >= {2, 3, 17, 64, 65}
+        elif disk is FAST_READS:
+            assert set(streamed) == {65}
