@@ -91,7 +91,8 @@ class Outcome:
     @classmethod
     def pooled(cls, rounds: list["Outcome"]) -> "Outcome":
         """One outcome of several rounds of the same way: all their tokens, and the means of what is per token."""
-        values = {f.name: float(np.mean([getattr(o, f.name) for o in rounds])) for f in fields(cls)[3:]}
+        numbers = [f.name for f in fields(cls)[3:] if f.name != "plan"]
+        values = {name: float(np.mean([getattr(o, name) for o in rounds])) for name in numbers}
         return cls(rounds[0].mode, rounds[0].said, [s for o in rounds for s in o.seconds], **values)
 
 
