@@ -42,8 +42,9 @@ from shapes import SHAPES, write_bundle
 from mlxflash._native import core
 from mlxflash.backends import Backend, Matrix, make_backend
 from mlxflash.bundle import Bundle
+from mlxflash.flash import FlashModel
 from mlxflash.lookahead import RANK, WIDTH_PER_RANK, Fit, LookAhead
-from mlxflash.model import FlashModel, load_bundle
+from mlxflash.model import load_bundle
 from mlxflash.plan import format_bytes, parse_memory
 from mlxflash.pool import host_memory
 from mlxflash.predictor import Ids

@@ -26,7 +26,8 @@ from mlxflash.backends import make_backend
 from mlxflash.decode import reserved_cache
 from mlxflash.diskprofile import disk_profile
 from mlxflash.ffn import FEW_TOKENS
-from mlxflash.model import FlashModel, load_bundle
+from mlxflash.flash import FlashModel
+from mlxflash.model import load_bundle
 from mlxflash.predictor import Ids
 
 WIDTHS = (1, 2, 4, 8, 32, 128)

@@ -42,7 +42,8 @@ from mlxflash.backends import Backend
 from mlxflash.bundle import Bundle, BundleError
 from mlxflash.decode import reserved_cache
 from mlxflash.ffn import Times
-from mlxflash.model import FlashModel, load_bundle
+from mlxflash.flash import FlashModel
+from mlxflash.model import load_bundle
 from mlxflash.plan import format_bytes
 from mlxflash.pool import host_memory
 from mlxflash.reader import File, make_reader

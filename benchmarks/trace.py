@@ -42,7 +42,8 @@ from mlxflash.backends import FFN, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.calibrate import Recorder
 from mlxflash.ffn import FlashFFN
-from mlxflash.model import FlashModel, load_bundle
+from mlxflash.flash import FlashModel
+from mlxflash.model import load_bundle
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, Ids, deciding_matrix, read_low_bit
 from mlxflash.resident import one_part

@@ -7,8 +7,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer_files
 
 from mlxflash.bundle import BundleError
+from mlxflash.flash import FlashModel
 from mlxflash.hub import find_bundle
-from mlxflash.model import FlashModel, load_bundle
+from mlxflash.model import load_bundle
 
 
 def load(

@@ -17,8 +17,9 @@ from mlxflash.backends import FFN, Matrix, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
 from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
+from mlxflash.flash import FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
-from mlxflash.model import STORED, FlashModel, load_bundle
+from mlxflash.model import STORED, load_bundle
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, read_low_rank, save_low_bit
 from mlxflash.resident import one_part

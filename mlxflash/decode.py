@@ -15,7 +15,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxflash.model import FlashModel, FlashStats
+from mlxflash.flash import FlashModel, FlashStats
 
 Sampler = Callable[[mx.array], mx.array]
 

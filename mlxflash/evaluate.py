@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxflash.decode import reserved_cache
-from mlxflash.model import FlashModel
+from mlxflash.flash import FlashModel
 
 
 def decode_losses(model: FlashModel, tokens: np.ndarray) -> Iterator[float]:

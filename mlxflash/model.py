@@ -4,12 +4,7 @@ The model class comes from the family table, its FFNs are replaced by FlashFFN b
 else is resident. `model.flash` holds what the streaming needs and tells what it did.
 """
 
-import contextlib
-import resource
-import sys
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -23,7 +18,8 @@ from mlx.utils import tree_flatten
 from mlxflash.backends import FFN, Backend, make_backend
 from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
-from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Times
+from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
+from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
@@ -38,151 +34,6 @@ PREDICTORS = ("all", "oracle", *STORED)
 LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
-
-
-@dataclass(frozen=True)
-class FlashStats:
-    """What one generation, or the time since a snapshot, did; bytes and reads as asked of the operating system."""
-
-    mode: str
-    decoded: int  # tokens that went through the window
-    bytes_per_token: float
-    reads_per_token: float
-    hit_rate: float
-    held_share: float  # of all FFN units, in memory at the end
-    peak_rss_gb: float
-    flash_s: float  # waiting for reads
-    manage_s: float  # window upkeep
-    predict_s: float
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Counters at one moment; statistics are differences of two."""
-
-    num_bytes: int
-    num_reads: int
-    hits: int
-    misses: int
-    decoded: int
-    times: Times
-
-
-class FlashModel(nn.Module):
-    """Mixed into the family's model class: closes like a file. `flash` is the streaming side."""
-
-    flash: "Flash"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the family's model; first sweeps up after a pass that did not reach its end."""
-        flash = self.flash
-        if flash.torn:
-            flash.forget()
-        flash.torn = True
-        logits = super().__call__(*args, **kwargs)
-        flash.torn = False
-        return logits
-
-    def close(self) -> None:
-        """Release descriptors, threads and pools; the model cannot compute afterwards. Safe to call twice."""
-        self.flash.close()
-
-    def __enter__(self) -> "FlashModel":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Flash:
-    """The streaming side of a model: its layers, reader and plan."""
-
-    def __init__(self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str):
-        self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
-        self.layers: list[FlashLayer] = []
-        self.files: list[File] = []
-        self.stagings: list[Staging] = []
-        self.times = Times()
-        self.torn = False  # a pass was begun and did not end: an interrupt or a failed read cut it off
-        self.closed = False
-        self._finalizer = weakref.finalize(self, _release, reader, self.files)
-
-    def describe(self) -> str:
-        """The plan and what carries it out, for people."""
-        direct = "direct" if self.files and self.files[0].direct else "buffered"
-        return f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
-
-    @property
-    def exact(self) -> bool:
-        return self.mode.startswith("exact")
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(
-            num_bytes=self.reader.num_bytes,
-            num_reads=self.reader.num_reads,
-            hits=sum(layer.window.num_hits for layer in self.layers),
-            misses=sum(layer.window.num_misses for layer in self.layers),
-            decoded=self.layers[0].num_decoded,
-            times=replace(self.times),
-        )
-
-    def stats(self, since: Snapshot, tokens: int) -> FlashStats:
-        """What happened since `since`, per token for `tokens` decoded tokens."""
-        now = self.snapshot()
-        flagged = now.hits - since.hits + now.misses - since.misses
-        per = max(tokens, 1)
-        return FlashStats(
-            mode=self.mode,
-            decoded=tokens,
-            bytes_per_token=(now.num_bytes - since.num_bytes) / per,
-            reads_per_token=(now.num_reads - since.num_reads) / per,
-            hit_rate=(now.hits - since.hits) / flagged if flagged else self.held_share(),
-            held_share=self.held_share(),
-            peak_rss_gb=peak_rss_bytes() / 1e9,
-            flash_s=now.times.flash - since.times.flash,
-            manage_s=now.times.manage - since.times.manage,
-            predict_s=now.times.predict - since.times.predict,
-        )
-
-    def held_share(self) -> float:
-        return sum(layer.window.num_rows for layer in self.layers) / sum(layer.units for layer in self.layers)
-
-    def forget(self) -> None:
-        """Start windows afresh, as after loading, so that what follows does not depend on what came before.
-
-        After a torn pass nothing is trusted: an interrupt may have come between any two steps of it.
-        """
-        torn, self.torn = self.torn, True
-        if torn:
-            self.reader.restart()
-            for staging in self.stagings:
-                staging.user = None
-        else:
-            self.reader.drain()
-        for layer in self.layers:
-            layer.ticket = None
-            if torn:
-                layer.blocks.reset()
-                layer.rows.settle(discard=True)
-                if layer.predictor is not None:
-                    layer.window.reset()
-            else:
-                layer.blocks.drain()
-                if layer.predictor is not None:
-                    layer.window.clear()
-        self.torn = False
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self._finalizer()
-            self.layers.clear()
-
-
-def _release(reader: Reader, files: list[File]) -> None:
-    reader.close()
-    for file in files:
-        file.close()
 
 
 def load_bundle(
@@ -436,13 +287,3 @@ def _sizes(
         vocabulary=int(config["vocab_size"]),
         staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
     )
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process."""
-    with contextlib.suppress(OSError):  # Linux, whose getrusage counts what the parent had before it started us
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

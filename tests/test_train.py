@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlxflash import train  # noqa: E402
 from mlxflash.backends import Matrix, make_backend  # noqa: E402
 from mlxflash.bundle import Bundle, BundleError  # noqa: E402
-from mlxflash.cli import describe  # noqa: E402
+from mlxflash.commands.inspect import describe  # noqa: E402
 from mlxflash.predictor import Projection, low_bit_matrix  # noqa: E402
 
 LONG = [np.array(prompt_of(512, seed=i)) for i in range(24)]

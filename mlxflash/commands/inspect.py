@@ -1,0 +1,97 @@
+"""`mlxflash info` and `mlxflash verify`: what a bundle is, and whether it is whole. Need no MLX."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mlxflash.bundle import Bundle, BundleError
+from mlxflash.commands.terminal import Progress, say
+from mlxflash.plan import format_bytes
+
+
+def add_info(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", type=Path)
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run=run_info)
+
+
+def add_verify(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", type=Path)
+    p.set_defaults(run=run_verify)
+
+
+def run_info(args: argparse.Namespace) -> None:
+    bundle = Bundle.open(_story(args.bundle))
+    print(json.dumps(facts(bundle), indent=1) if args.json else describe(bundle))
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    bundle = Bundle.open(_story(args.bundle))
+    bad = []
+    with Progress() as progress:
+        for index in range(bundle.num_layers):
+            progress("layers", index, bundle.num_layers)
+            bad += [(bundle.layer_path(index), record) for record in bundle.verify(index)]
+        progress("layers", bundle.num_layers, bundle.num_layers)
+    for file, record in bad[:20]:
+        say(f"{file}: record {record} does not match its checksum")
+    if bad:
+        raise BundleError(f"{bundle.path}: {len(bad)} records are damaged; convert again")
+    print(f"{bundle.path}: all {sum(layer.units for layer in bundle.manifest.layers)} records match their checksums")
+
+
+def _story(path: Path) -> Path:
+    from mlxflash.hub import STORY
+
+    return STORY if str(path) == "story" else path
+
+
+def facts(bundle: Bundle) -> dict[str, Any]:
+    """What `info` tells, for machines."""
+    m = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "model_type": m.model_type,
+        "layout": m.layout,
+        "activation": m.activation,
+        "dtype": m.dtype,
+        "quantization": m.quantization,
+        "d_model": m.d_model,
+        "layers": len(m.layers),
+        "units_per_layer": m.layers[0].units,
+        "record_bytes": m.record.num_bytes,
+        "record_stride": m.record.stride,
+        "streamed_bytes": bundle.streamed_bytes(),
+        "resident_bytes": bundle.resident_bytes(),
+        "predictors": {n: sum(f.stat().st_size for f in bundle.predictor_files(n)) for n in bundle.predictors()},
+        "calibration": m.calibration,
+        "source": m.source,
+    }
+
+
+def describe(bundle: Bundle) -> str:
+    """What `info` tells, for people."""
+    f, m = facts(bundle), bundle.manifest
+    bits = f"{m.quantization['bits']}-bit, groups of {m.quantization['group_size']}" if m.quantization else m.dtype
+    names = " | ".join(p.name for p in m.record.parts if p.offset is not None)
+    lines = [
+        f"{bundle.path}: {m.model_type} from {m.source}, {bits}",
+        f"  layers      {f['layers']} of {f['units_per_layer']} units, {m.layout}, {m.activation}, width {m.d_model}",
+        f"  records     {f['record_bytes']} bytes every {f['record_stride']}: {names}",
+        f"  streamed    {format_bytes(f['streamed_bytes'])}",
+        f"  resident    {format_bytes(f['resident_bytes'])}",
+    ]
+    for name, size in f["predictors"].items():
+        said = m.calibration.get(name)
+        lines.append(f"  predictor   {name}, {format_bytes(size)}: {_said(said)}")
+    return "\n".join(lines)
+
+
+def _said(said: dict[str, Any] | None) -> str:
+    if not said:
+        return "not measured; `mlxflash calibrate` does"
+    text = f"recall {said['recall']:.1%}, {said['flagged']:.1%} of units flagged ({said['active']:.1%} active)"
+    if "perplexity_change" in said:
+        text += f", perplexity {said['perplexity_change']:+.2%} ({said['tokens']} tokens of {said['text']})"
+    return text

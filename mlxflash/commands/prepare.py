@@ -1,0 +1,134 @@
+"""`mlxflash convert`, `calibrate` and `train`: a checkpoint to a bundle that knows its predictors."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from mlxflash.bundle import Bundle
+from mlxflash.commands.inspect import describe
+from mlxflash.commands.terminal import Progress, say
+
+
+def add_convert(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", help="checkpoint directory, hub name or alias")
+    p.add_argument("target", type=Path, help="bundle directory to make; must not exist")
+    p.add_argument("--dtype", default=None, choices=["float32", "float16", "bfloat16"], help="(the checkpoint's)")
+    p.add_argument("-q", dest="bits", type=int, default=None, help="quantise to 8 or 4 bits")
+    p.add_argument("--group-size", type=int, default=64, help="weights that share a scale (64)")
+    p.add_argument(
+        "--calibrate",
+        default="auto",
+        metavar="FILE",
+        help="measure the predictor on this text; `self`: on the model's own; `none`: later; "
+        "auto: `self` where the resident weights take less than 1 GB",
+    )
+    p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
+    p.set_defaults(run=run_convert)
+
+
+def add_calibrate(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", type=Path)
+    p.add_argument("--text", default=None, metavar="FILE", help="text to measure on (the model's own)")
+    p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
+    p.add_argument("--predictor", default="low-bit", choices=["low-bit", "low-rank"], help="which one (low-bit)")
+    p.add_argument("--memory", default=None, help="as for generate")
+    p.add_argument("--device", default=None, help="as for generate")
+    p.set_defaults(run=run_calibrate)
+
+
+def add_train(p: argparse.ArgumentParser) -> None:
+    p.add_argument("bundle", type=Path)
+    p.add_argument("--text", required=True, metavar="FILE", help="text to train on")
+    p.add_argument("--tokens", type=int, default=50_000, help="tokens to train on, from all over the text (50000)")
+    p.add_argument("--memory", default=None, help="as for generate, while the model's own inputs are recorded")
+    p.add_argument("--device", default=None, help="as for generate")
+    p.set_defaults(run=run_train)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from mlxflash.calibrate import calibrate
+    from mlxflash.converters import convert
+    from mlxflash.hub import ALIASES, download
+
+    start = time.perf_counter()
+    _check_tokens(args)
+    source = Path(args.source)
+    if not source.exists() and (args.source in ALIASES or (args.source.count("/") == 1 and args.source[0] not in "./")):
+        source = download(ALIASES.get(args.source, args.source))
+    text = args.calibrate if args.calibrate not in ("auto", "self", "none") else None
+    tokens = None if text is None or not source.is_dir() else _read_text(text, source, args.tokens)
+    with Progress() as progress:
+        bundle = convert(
+            source, args.target, dtype=args.dtype, bits=args.bits, group_size=args.group_size, progress=progress
+        )
+        if args.calibrate == "auto":
+            args.calibrate = "self" if bundle.resident_bytes() < 1e9 else "none"
+        if args.calibrate != "none" and "low-bit" in bundle.predictors():
+            calibrate(bundle, tokens, num_tokens=args.tokens, progress=progress)
+    say(f"{args.target}: made in {time.perf_counter() - start:.1f} s")
+    print(describe(Bundle.open(args.target)))
+
+
+def run_calibrate(args: argparse.Namespace) -> None:
+    from mlxflash.calibrate import calibrate
+
+    _check_tokens(args)
+    bundle = Bundle.open(args.bundle)
+    tokens = None if args.text is None else _read_text(args.text, bundle.path, args.tokens)
+    with Progress() as progress:
+        bundle = calibrate(
+            bundle,
+            tokens,
+            num_tokens=args.tokens,
+            memory=args.memory,
+            device=args.device,
+            progress=progress,
+            predictor=args.predictor,
+        )
+    print(describe(bundle))
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from mlxflash.api import load_tokenizer
+    from mlxflash.models import max_positions
+    from mlxflash.train import stretches, train
+
+    start = time.perf_counter()
+    _check_tokens(args)
+    bundle = Bundle.open(args.bundle)
+    words = _read_words(args.text)
+    tokenizer = load_tokenizer(bundle.path)
+    length = min(512, max_positions(bundle.config()))
+    sequences = stretches(words, tokenizer.encode, args.tokens, length)
+    with Progress() as progress:
+        bundle = train(bundle, sequences, memory=args.memory, device=args.device, progress=progress)
+    say(f"{bundle.path}: trained in {time.perf_counter() - start:.1f} s")
+    print(describe(bundle))
+
+
+def _check_tokens(args: argparse.Namespace) -> None:
+    from mlxflash.calibrate import LEAST_TOKENS
+
+    if args.tokens < LEAST_TOKENS:
+        raise ValueError(f"--tokens {args.tokens}: at least {LEAST_TOKENS}")
+
+
+def _read_text(file: str, model: Path, num_tokens: int) -> Any:
+    """The first tokens of a text, int64 [n], by the tokenizer of a bundle or checkpoint."""
+    import numpy as np
+
+    from mlxflash.api import load_tokenizer
+    from mlxflash.calibrate import check_length
+
+    words = _read_words(file)
+    tokens = np.array(load_tokenizer(model).encode(words[: 16 * num_tokens])[:num_tokens], np.int64)
+    check_length(tokens)
+    return tokens
+
+
+def _read_words(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8 text") from None
