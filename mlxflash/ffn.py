@@ -60,7 +60,7 @@ class Blocks:
 
 @dataclass
 class Times:
-    """Where a model's time went, in seconds: flash is asking for reads and waiting for them, manage is window upkeep."""
+    """Where a model's time went, in seconds; flash is asking for reads and waiting, manage is window upkeep."""
 
     flash: float = 0.0
     manage: float = 0.0
