@@ -126,7 +126,7 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        gap = disk.gap_bytes() if disk else 0
+        gap = disk.gap_bytes() if disk and not check_reads else 0  # what only passes by is not checked
         staging, *others = flash.stagings = [Staging(plan.staging_bytes, gap) for _ in range(3)]
         blocks = None
         if not plan.whole:
