@@ -184,7 +184,7 @@ def _measure_layer(
     raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES)
     exact = deciding_matrix(ffn, raw.reshape(units, stride))
     file = bundle.predictor_files(predictor)[index]
-    bias = one_part(bundle, index, f"{ffn.first}_bias", units)
+    bias = ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
 
     def products(x: np.ndarray, *weights: Matrix) -> np.ndarray:
         return backend.project(mx.array(x), *weights)()

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxflash.flash import FlashModel, FlashStats
+from mlxflash.models import max_positions
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -121,7 +122,7 @@ def generate(model: FlashModel, tokenizer: Any, prompt: Any, verbose: bool = Fal
 
 def context_of(model: FlashModel, max_kv_size: int | None) -> int:
     """How many tokens a generation may hold: the plan's key-value cache, or the positions where that one rotates."""
-    positions: int = getattr(model.args, "max_position_embeddings", 1 << 30)
+    positions = max_positions(model.flash.bundle.config())
     return positions if max_kv_size is not None else min(positions, model.flash.plan.context)
 
 

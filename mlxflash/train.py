@@ -212,11 +212,11 @@ def _train_layer(
 
 
 def deciding(bundle: Bundle, index: int) -> tuple[Matrix, np.ndarray, np.ndarray]:
-    """A layer's deciding matrix as stored, the same as float32 [units, d_model], and its bias [units]."""
+    """A layer's deciding matrix as stored, the same as float32 [units, d_model], and its offset [units]."""
     ffn, units = FFN.of(bundle.manifest), bundle.manifest.layers[index].units
     raw = np.fromfile(bundle.layer_path(index), np.uint8, units * ffn.record.stride, offset=HEADER_BYTES)
     m = deciding_matrix(ffn, raw.reshape(units, ffn.record.stride))
-    return m, floats(m), one_part(bundle, index, f"{ffn.first}_bias", units)
+    return m, floats(m), ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
 
 
 def floats(m: Matrix) -> np.ndarray:
