@@ -152,6 +152,10 @@ def load_bundle(
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
+        for here, there in pairwise(flash.layers):
+            here.after = there
+        if name == "all":  # the next token begins where this one ends
+            flash.layers[-1].after = flash.layers[0]
         if look_ahead and name in ("low-bit", "oracle"):
             _link(flash.layers, bundle, backend, ffn)
     except BaseException:
@@ -276,7 +280,9 @@ def _sizes(
         predictor_bytes += sum(layer.units for layer in manifest.layers) * first
     calibrated = manifest.calibration.get("demand")
     units = tuple(layer.units for layer in manifest.layers)
-    demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units
+    demand: tuple[float, ...] = units  # what streams whole is held in equal shares
+    if predictor != "all" and calibrated and len(calibrated) == len(units):
+        demand = tuple(float(x) for x in calibrated)
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,

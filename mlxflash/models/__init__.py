@@ -5,7 +5,7 @@ The feed-forward layers are ours, so the activation is the one that config.json 
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,8 @@ class Family:
     activations: Mapping[str, str] = field(default_factory=lambda: WORDS)  # config.json's word -> ours
     keys: Mapping[str, str] = field(default_factory=dict)  # llama's name of a number -> config.json's
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where config.json is silent
+    prefixes: Mapping[str, str] = field(default_factory=dict)  # of stored names -> those that `sanitize` expects
+    kv_heads: Callable[[dict[str, Any]], Any] | None = None  # key-value heads, where config.json says it otherwise
     windowed: bool = False  # the class computes sliding-window attention, or the family has none
 
 
@@ -47,6 +49,7 @@ def mlx_lm(name: str) -> str:
     return f"mlx_lm.models.{name}"
 
 
+WIDENED = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
 UNTIED = {"hidden_act": "silu", "tie_word_embeddings": False}
 FAMILIES = {
     "opt": Family(
@@ -66,6 +69,76 @@ FAMILIES = {
     "qwen2": Family(mlx_lm("qwen2"), "gated", GATED, defaults=UNTIED),
     "qwen3": Family(mlx_lm("qwen3"), "gated", GATED, defaults=UNTIED),
     "olmo2": Family(mlx_lm("olmo2"), "gated", GATED, defaults=UNTIED),
+    "gemma": Family(
+        mlx_lm("gemma"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation", "hidden_act"),
+        activations=WORDS | {"gelu": "gelu_tanh"},  # what its first configs meant, and transformers 4 computed
+        defaults={"hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma2": Family(
+        mlx_lm("gemma2"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation",),
+        defaults={"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+    ),
+    "gemma3_text": Family(
+        mlx_lm("gemma3_text"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation",),
+        keys={"sliding_window_pattern": "_sliding_window_pattern"},
+        defaults={"hidden_activation": "gelu_pytorch_tanh"},
+        windowed=True,
+    ),
+    "granite": Family(mlx_lm("granite"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "stablelm": Family(mlx_lm("stablelm"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "minicpm": Family("mlxflash.models.minicpm", "gated", GATED, defaults={"tie_word_embeddings": True}),
+    "falcon": Family(
+        "mlxflash.models.falcon",
+        "plain",
+        WIDENED,
+        activation_keys=("activation",),
+        keys={"hidden_size": "n_embed", "intermediate_size": "ffn_hidden_size"},
+        defaults={"activation": "gelu", "max_position_embeddings": 2048},
+        kv_heads=lambda c: (
+            c.get("num_kv_heads") if c.get("new_decoder_architecture") else 1 if c.get("multi_query", True) else None
+        ),
+    ),
+    "persimmon": Family(
+        "mlxflash.models.persimmon",
+        "plain",
+        WIDENED,
+        defaults={"hidden_act": "relu2", "max_position_embeddings": 16384},
+    ),
+    "nemotron": Family(mlx_lm("nemotron"), "plain", {"up": "up_proj", "down": "down_proj"}),
+    "phi": Family(
+        mlx_lm("phi"),
+        "plain",
+        {"up": "fc1", "down": "fc2"},
+        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "max_position_embeddings": 2048},
+    ),
+    "gpt2": Family(
+        mlx_lm("gpt2"),
+        "plain",
+        {"up": "c_fc", "down": "c_proj"},
+        activation_keys=("activation_function",),
+        keys={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+        defaults={"activation_function": "gelu_new", "n_ctx": 1024},
+        prefixes={"transformer.": ""},
+    ),
+    "gpt_neox": Family(
+        mlx_lm("gpt_neox"), "plain", WIDENED, defaults={"hidden_act": "gelu"}, prefixes={"lm_head.": "embed_out."}
+    ),
+    "starcoder2": Family(mlx_lm("starcoder2"), "plain", {"up": "c_fc", "down": "c_proj"}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
 }
@@ -84,8 +157,12 @@ def settings(config: Any, where: str) -> dict[str, Any]:
     family = FAMILIES[kind]
     full = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k not in family.defaults}}
     for ours, theirs in family.keys.items():
-        if theirs in full:
+        if full.get(theirs) is not None:
             full[ours] = full[theirs]
+    if full.get("intermediate_size") is None and isinstance(full.get("hidden_size"), int):
+        full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
+    said = family.kv_heads(full) if family.kv_heads is not None else full.get("num_key_value_heads")
+    full["num_key_value_heads"] = said or full.get("num_attention_heads")
     _spell_out_rope(full)
     _check_numbers(full, family, where)
     if not family.windowed and full.get("use_sliding_window", True):
@@ -98,8 +175,11 @@ def settings(config: Any, where: str) -> dict[str, Any]:
 def _spell_out_rope(config: dict[str, Any]) -> None:
     """transformers 5 writes `rope_parameters` where mlx-lm's classes read `rope_theta` and `rope_scaling`."""
     said = config.get("rope_parameters")
-    if not isinstance(said, dict) or any(isinstance(v, dict) for v in said.values()):
+    if not isinstance(said, dict):
         return
+    if "full_attention" in said:  # Gemma 3: one for each kind of layer
+        config.setdefault("rope_local_base_freq", said.get("sliding_attention", {}).get("rope_theta", 10000.0))
+        said = said["full_attention"]
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in said:
             config.setdefault(key, said[key])
