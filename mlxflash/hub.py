@@ -13,7 +13,7 @@ from pathlib import Path
 STORY = Path(__file__).parent / "story.flash"
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
 ALIASES = {f"opt-{size}": f"facebook/opt-{size}" for size in OPT_SIZES}
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+CHECKPOINT_FILES = ["*.json", "*.txt", "*.model"]
 Progress = Callable[[str, int, int], None]
 
 
