@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlxflash.converters import dense
 from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
+from mlxflash.converters.tokenizer import highest_token
 
 from mlxflash.bundle import Bundle, BundleError, Layer, LayerWriter, Manifest, Part, Record, make_record, write_manifest
 from mlxflash.bundle import file_bytes as layer_file_bytes
@@ -54,6 +55,12 @@ def convert(
         raise ValueError(f"dtype {dtype!r} is unknown: {', '.join(DTYPES)} are there")
     if bits not in (None, 4, 8):
         raise ValueError(f"{bits} bits: 8 and 4 are there")
+    highest, vocabulary = highest_token(checkpoint.path), checkpoint.config["vocab_size"]
+    if highest is not None and highest >= vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.path}: its tokenizer's vocabulary has {highest + 1} tokens, the model's {vocabulary}; "
+            "one of them belongs to another model"
+        )
     layout = LAYOUTS[checkpoint.family.layout]
     job = _Job(checkpoint, layout, target, dtype, bits, group_size, predictor)
     job.prepare()

@@ -24,7 +24,7 @@ from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.misses import MissCurve
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions, settings
-from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
+from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
 from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
@@ -33,7 +33,6 @@ from mlxflash.window import Window
 
 STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
 PREDICTORS = ("all", "oracle", *STORED)
-LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
 
