@@ -66,6 +66,7 @@ def calibrate(
     At most `num_tokens` are used, in sequences no longer than the model's positions. Returns the bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
+    bundle.require_sparse()
     if predictor not in bundle.predictors():
         raise BundleError(f"{bundle.path}: has no {predictor} predictor to calibrate; {STORED[predictor]}")
     if tokens is not None:
