@@ -62,8 +62,9 @@ def train(
 ) -> Bundle:
     """Train `low-rank` on `sequences` (int [n] tokens each; the last is kept to report on) and measure it.
 
-    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError
-    where units are never zero, for a width that factors do not fit, too little text, too little disk, NaN activations (names the layer).
+    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError where
+    units are never zero, for a width that factors do not fit, too little text, too little disk, NaN activations
+    (names the layer).
     """
     bundle.require_sparse()
     if bundle.manifest.d_model % 32:
