@@ -62,9 +62,11 @@ def train(
 ) -> Bundle:
     """Train `low-rank` on `sequences` (int [n] tokens each; the last is kept to report on) and measure it.
 
-    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError
-    for a width that factors do not fit, too little text, too little disk, NaN activations (names the layer).
+    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError where
+    units are never zero, for a width that factors do not fit, too little text, too little disk, NaN activations
+    (names the layer).
     """
+    bundle.require_sparse()
     if bundle.manifest.d_model % 32:
         raise ValueError(f"{bundle.path}: width {bundle.manifest.d_model} is not in groups of 32, as 8-bit factors are")
     if len(sequences) <= LEAST_SEQUENCES or min(map(len, sequences)) < 2:
@@ -212,11 +214,11 @@ def _train_layer(
 
 
 def deciding(bundle: Bundle, index: int) -> tuple[Matrix, np.ndarray, np.ndarray]:
-    """A layer's deciding matrix as stored, the same as float32 [units, d_model], and its bias [units]."""
+    """A layer's deciding matrix as stored, the same as float32 [units, d_model], and its offset [units]."""
     ffn, units = FFN.of(bundle.manifest), bundle.manifest.layers[index].units
     raw = np.fromfile(bundle.layer_path(index), np.uint8, units * ffn.record.stride, offset=HEADER_BYTES)
     m = deciding_matrix(ffn, raw.reshape(units, ffn.record.stride))
-    return m, floats(m), one_part(bundle, index, f"{ffn.first}_bias", units)
+    return m, floats(m), ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
 
 
 def floats(m: Matrix) -> np.ndarray:

@@ -164,10 +164,10 @@ def test_every_way_to_compute_exactly_gives_one_text(command):
     assert len({run.out for run in runs}) == 1
     assert [run.err.splitlines()[0] for run in runs] == [
         "Mode: exact (all resident)",
-        "Mode: exact",
+        "Mode: exact (streaming)",
         "Mode: exact (oracle)",
-        "Mode: exact",
-        "Mode: exact",
+        "Mode: exact (streaming)",
+        "Mode: exact (streaming)",
     ]
 
 
@@ -526,6 +526,6 @@ def test_a_model_without_a_predictor_says_so(command, library, tmp_path):
     bundle = tmp_path / "made"
     odd = Shape(d_model=48, ffn=2048)
     assert command("convert", library.checkpoint(odd), bundle).code == 0
-    assert command(*generate(bundle, "--memory", "4.5MB")).err.startswith("Mode: exact\n")
+    assert command(*generate(bundle, "--memory", "4.5MB")).err.startswith("Mode: exact (streaming)\n")
     refused(command(*generate(bundle, "--predictor", "low-bit")), "no low-bit predictor")
     refused(command("calibrate", bundle), "no low-bit predictor")

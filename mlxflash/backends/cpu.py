@@ -176,7 +176,7 @@ class NativeRows:
         if ffn.bits:
             scales = KINDS[ffn.record[f"{ffn.first}_scales"].dtype]
             self._call |= {"bits": ffn.bits, "group": ffn.group_size, "scale_dtype": scales}
-        self._call["act"] = ffn.activation
+        self._call |= {"act": ffn.activation, "threshold": ffn.threshold}
 
     def land(self, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray) -> Landing:
         for name, rows in self._resident.items():
