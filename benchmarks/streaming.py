@@ -1,10 +1,10 @@
 """Exact streaming beside its limit: seconds per token where every unit is computed and what is not held streams.
 
-Three ways in turn, on one loaded model: each layer asks for its own blocks ("alone"), streams run on from layer to
-layer and from token to token ("chained", what mlxflash does), and the same blocks read through the same buffers with
-nothing computed ("reads", the limit where reading takes longer than computing). Direct reads.
+Three ways in turn, token by token, on one loaded model: each layer asks for its own blocks ("alone"), streams run on
+from layer to layer and from token to token ("chained", what mlxflash does), and the same blocks read through the same
+buffers with nothing computed ("reads", the limit where reading takes longer than computing). Direct reads.
 
-    python benchmarks/streaming.py BUNDLE --memory 1.5GB [--tokens 4] [--rounds 3]
+    python benchmarks/streaming.py BUNDLE --memory 1.5GB [--tokens 20]
 """
 
 import argparse
@@ -19,14 +19,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxflash.model import load_bundle
 
 
-def token_seconds(model: Any, cache: Any, count: int) -> float:
-    """The median of `count` decoded tokens."""
-    seconds = []
-    for _ in range(count):
-        begin = time.perf_counter()
-        mx.eval(model(mx.array([[5]]), cache=cache))
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds))
+def token_seconds(model: Any, cache: Any) -> float:
+    begin = time.perf_counter()
+    mx.eval(model(mx.array([[5]]), cache=cache))
+    return time.perf_counter() - begin
 
 
 def read_seconds(model: Any) -> float:
@@ -52,8 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--memory", required=True)
-    parser.add_argument("--tokens", type=int, default=4, help="per way and round (4)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=20, help="per way (20)")
     args = parser.parse_args()
     with load_bundle(args.bundle, memory=args.memory, predictor="all", direct=True, max_kv_size=256) as model:
         flash = model.flash
@@ -62,23 +57,23 @@ def main() -> None:
         print(flash.describe())
         cache = make_prompt_cache(model)
         after = [layer.after for layer in flash.layers]
-        token_seconds(model, cache, 1)
-        print("seconds per token: alone, chained, reads; chained / reads")
-        for _ in range(args.rounds):
+        token_seconds(model, cache)
+        seconds: dict[str, list[float]] = {"alone": [], "chained": [], "reads": []}
+        for _ in range(args.tokens):
             for layer in flash.layers:
                 layer.after = None
-            alone = token_seconds(model, cache, args.tokens)
+            seconds["alone"].append(token_seconds(model, cache))
             for layer, following in zip(flash.layers, after, strict=True):
                 layer.after = following
-            token_seconds(model, cache, 1)
-            before = flash.snapshot().num_bytes
-            chained = token_seconds(model, cache, args.tokens)
-            per_token = (flash.snapshot().num_bytes - before) / args.tokens
+            seconds["chained"].append(token_seconds(model, cache))
             flash.layers[0].blocks.drain()
-            reads = min(read_seconds(model) for _ in range(2))
-            print(
-                f"{alone:.3f}, {chained:.3f}, {reads:.3f}; {chained / reads:.2f}   ({per_token / 1e6:.0f} MB per token)"
-            )
+            seconds["reads"].append(read_seconds(model))
+        for way, taken in seconds.items():
+            low, middle, high = np.percentile(taken, [25, 50, 75])
+            print(f"{way:<8} {middle:.3f} s per token, quartiles {low:.3f} and {high:.3f}, least {min(taken):.3f}")
+        pairs = np.array(seconds["alone"]) / np.array(seconds["chained"])
+        won, gain = (pairs > 1).mean(), np.median(pairs)
+        print(f"chained was faster in {won:.0%} of {len(pairs)} pairs, {gain:.2f} times (median)")
 
 
 if __name__ == "__main__":
