@@ -53,9 +53,12 @@ def find_bundle(
     target = _target(repo, re.sub("[/@]", "--", repo), dtype, bits)
     if (target / "manifest.json").is_file():
         return target
-    if str(name) in KNOWN:
-        say(preview(KNOWN[str(name)], memory))
-    return _converted(download(repo), repo, re.sub("[/@]", "--", repo), dtype, bits, progress, say)
+
+    def reached() -> None:
+        if str(name) in KNOWN:
+            say(preview(KNOWN[str(name)], memory))
+
+    return _converted(download(repo, reached), repo, re.sub("[/@]", "--", repo), dtype, bits, progress, say)
 
 
 def is_repo(name: str) -> bool:
@@ -63,10 +66,11 @@ def is_repo(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
 
 
-def download(repo: str) -> Path:
+def download(repo: str, reached: Callable[[], None] = lambda: None) -> Path:
     """The checkpoint of a hub repository (`org/name`, `org/name@revision`), downloaded or from the hub's own cache.
 
-    Of weights it takes safetensors, and PyTorch's files where there are no safetensors.
+    Of weights it takes safetensors, and PyTorch's files where there are no safetensors. `reached` is called once the
+    hub has answered, before anything large comes.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -77,6 +81,7 @@ def download(repo: str) -> Path:
         try:
             files = HfApi().list_repo_files(name, revision=revision or None)
             patterns = [*CHECKPOINT_FILES, weights_pattern(files)]
+            reached()
         except (HfHubHTTPError, OSError) as error:
             if isinstance(error, RepositoryNotFoundError):
                 raise  # else the hub's cache may have it

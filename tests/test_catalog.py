@@ -91,3 +91,27 @@ def test_models_lists_them(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["opt-6.7b"]["kind"] == "sparse"
     assert facts["opt-6.7b"]["smallest_memory"]["q4"] == KNOWN["opt-6.7b"].smallest(4)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_what_is_taken_from_the_hub(monkeypatch, tmp_path, weights):
+    """One kind of weights, of one revision, once what it takes has been said."""
+    import huggingface_hub
+
+    from mlxflash.hub import download
+
+    asked = []
+
+    def listed(self, repo, revision=None):
+        asked.append((repo, revision))
+        return ["config.json", weights, "pytorch_model.bin", "training_args.bin"]
+
+    def downloaded(repo, revision, allow_patterns, ignore_patterns):
+        asked.append((repo, revision, allow_patterns[-1], ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
+    assert download("org/name@v2", lambda: asked.append("said")) == tmp_path
+    pattern = "*.safetensors" if weights == "model.safetensors" else "pytorch_model*.bin"
+    assert asked == [("org/name", "v2"), "said", ("org/name", "v2", pattern, ["*/*", "consolidated*"])]
