@@ -3,7 +3,7 @@
 Modules import only from those below themselves:
 
     cli, api                     commands; load()
-    hub, train                   names to bundles; training a predictor
+    hub, train, plot             names to bundles; training a predictor; pictures of a fidelity report
     calibrate                    measuring a predictor
     converters, evaluate         checkpoints to bundles; what a model says of text
     decode                       the decode loop: generate(), stream_generate()

@@ -16,7 +16,7 @@ import numpy as np
 from mlxflash.backends import FFN, Matrix, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
-from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
+from mlxflash.evaluate import LEAST_TOKENS, check_length, decode_losses, perplexity, prompt_losses
 from mlxflash.flash import FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
 from mlxflash.model import STORED, load_bundle
@@ -26,7 +26,6 @@ from mlxflash.resident import one_part
 
 DEMAND_TOKENS = 5  # a layer's demand is the union of this many tokens' flagged units, the paper's window
 OWN_SEQUENCES = 8
-LEAST_TOKENS = 16
 Progress = Callable[[str, int, int], None]
 
 
@@ -128,12 +127,6 @@ def calibrate(
         }
     write_manifest(bundle.path, replace(bundle.manifest, calibration=bundle.manifest.calibration | result))
     return Bundle.open(bundle.path)
-
-
-def check_length(tokens: np.ndarray) -> None:
-    """Raises ValueError for a text too short to measure on."""
-    if len(tokens) < LEAST_TOKENS:
-        raise ValueError(f"a calibration text of {len(tokens)} tokens is too short: give at least {LEAST_TOKENS}")
 
 
 def _sequences(model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress) -> list[np.ndarray]:

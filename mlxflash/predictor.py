@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxflash.backends import FFN, Backend, Matrix
-from mlxflash.bundle import BundleError, Layer, Record
+from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, Layer, Record
+from mlxflash.resident import one_part
 
 LOW_BITS = 3
 MARGIN = 0.75  # recall 96 % at 1.05 times the active units on the story model (RESULTS.md)
@@ -189,6 +190,22 @@ def _has_shape(m: Matrix, rows: int, columns: int) -> bool:
     groups, kinds = (rows, columns // m.group_size), (mx.uint32, mx.float16, mx.float16)
     shapes = (m.weight.shape, m.scales.shape, m.biases.shape) == ((rows, columns * m.bits // 32), groups, groups)
     return shapes and (m.weight.dtype, m.scales.dtype, m.biases.dtype) == kinds
+
+
+def deciding(bundle: Bundle, index: int) -> tuple[Matrix, np.ndarray, np.ndarray]:
+    """A layer's deciding matrix as stored, the same as float32 [units, d_model], and its bias [units]."""
+    ffn, units = FFN.of(bundle.manifest), bundle.manifest.layers[index].units
+    raw = np.fromfile(bundle.layer_path(index), np.uint8, units * ffn.record.stride, offset=HEADER_BYTES)
+    m = deciding_matrix(ffn, raw.reshape(units, ffn.record.stride))
+    return m, floats(m), one_part(bundle, index, f"{ffn.first}_bias", units)
+
+
+def floats(m: Matrix) -> np.ndarray:
+    """A matrix's values, float32 [rows, columns]."""
+    if not m.bits:
+        return np.array(m.weight.astype(mx.float32))
+    scales, biases = m.scales.astype(mx.float32), m.biases.astype(mx.float32)  # or the result is in half precision
+    return np.array(mx.dequantize(m.weight, scales, biases, m.group_size, m.bits))
 
 
 def deciding_matrix(ffn: FFN, raw: np.ndarray) -> Matrix:

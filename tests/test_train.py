@@ -23,7 +23,7 @@ from mlxflash import train  # noqa: E402
 from mlxflash.backends import Matrix, make_backend  # noqa: E402
 from mlxflash.bundle import Bundle, BundleError  # noqa: E402
 from mlxflash.commands.inspect import describe  # noqa: E402
-from mlxflash.predictor import Projection, low_bit_matrix  # noqa: E402
+from mlxflash.predictor import Projection, deciding, low_bit_matrix  # noqa: E402
 
 LONG = [np.array(prompt_of(512, seed=i)) for i in range(24)]
 FEW = [tokens[:64] for tokens in LONG[:9]]
@@ -56,7 +56,7 @@ def recorded(bundle, folder):
     folder.mkdir()
     train.record(bundle, LONG, folder, None, None, lambda what, done, total: None)
     x = np.fromfile(train.inputs_file(folder, 0), np.float16).reshape(-1, 64).astype(np.float32)
-    _, weight, bias = train.deciding(bundle, 0)
+    _, weight, bias = deciding(bundle, 0)
     active = x @ weight.T + bias > 0
     return x[:-512], np.packbits(active[:-512], axis=1), x[-512:], active[-512:], weight, bias
 

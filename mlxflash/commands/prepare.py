@@ -3,11 +3,10 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 from mlxflash.bundle import Bundle
 from mlxflash.commands.inspect import describe
-from mlxflash.commands.terminal import Progress, say
+from mlxflash.commands.terminal import Progress, read_text, read_words, say
 
 
 def add_convert(p: argparse.ArgumentParser) -> None:
@@ -57,7 +56,7 @@ def run_convert(args: argparse.Namespace) -> None:
     if not source.exists() and (args.source in ALIASES or (args.source.count("/") == 1 and args.source[0] not in "./")):
         source = download(ALIASES.get(args.source, args.source))
     text = args.calibrate if args.calibrate not in ("auto", "self", "none") else None
-    tokens = None if text is None or not source.is_dir() else _read_text(text, source, args.tokens)
+    tokens = None if text is None or not source.is_dir() else read_text(text, source, args.tokens)
     with Progress() as progress:
         bundle = convert(
             source, args.target, dtype=args.dtype, bits=args.bits, group_size=args.group_size, progress=progress
@@ -75,7 +74,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
 
     _check_tokens(args)
     bundle = Bundle.open(args.bundle)
-    tokens = None if args.text is None else _read_text(args.text, bundle.path, args.tokens)
+    tokens = None if args.text is None else read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
         bundle = calibrate(
             bundle,
@@ -97,7 +96,7 @@ def run_train(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _check_tokens(args)
     bundle = Bundle.open(args.bundle)
-    words = _read_words(args.text)
+    words = read_words(args.text)
     tokenizer = load_tokenizer(bundle.path)
     length = min(512, max_positions(bundle.config()))
     sequences = stretches(words, tokenizer.encode, args.tokens, length)
@@ -108,27 +107,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def _check_tokens(args: argparse.Namespace) -> None:
-    from mlxflash.calibrate import LEAST_TOKENS
+    from mlxflash.evaluate import LEAST_TOKENS
 
     if args.tokens < LEAST_TOKENS:
         raise ValueError(f"--tokens {args.tokens}: at least {LEAST_TOKENS}")
-
-
-def _read_text(file: str, model: Path, num_tokens: int) -> Any:
-    """The first tokens of a text, int64 [n], by the tokenizer of a bundle or checkpoint."""
-    import numpy as np
-
-    from mlxflash.api import load_tokenizer
-    from mlxflash.calibrate import check_length
-
-    words = _read_words(file)
-    tokens = np.array(load_tokenizer(model).encode(words[: 16 * num_tokens])[:num_tokens], np.int64)
-    check_length(tokens)
-    return tokens
-
-
-def _read_words(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8 text") from None
