@@ -16,11 +16,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
-from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
+from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError, Manifest
 from mlxflash.diskprofile import disk_profile
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
+from mlxflash.misses import MissCurve
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
@@ -250,6 +251,15 @@ def _load_resident(
     return parts
 
 
+def _curves(manifest: Manifest, predictor: str) -> tuple[MissCurve, ...] | None:
+    """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
+    said = manifest.calibration.get(predictor if predictor in STORED else "low-bit", {}).get("misses")
+    if said is None or predictor == "all":
+        return None
+    shares = tuple(said["shares"])
+    return tuple(MissCurve(e.units, shares, tuple(c)) for e, c in zip(manifest.layers, said["layers"], strict=True))
+
+
 def _sizes(
     bundle: Bundle, config: dict[str, Any], found: list[Tensor], backend: Backend, ffn: FFN, predictor: str, own: int
 ) -> Sizes:
@@ -268,16 +278,14 @@ def _sizes(
     elif predictor == "oracle":
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
         predictor_bytes += sum(layer.units for layer in manifest.layers) * first
-    calibrated = manifest.calibration.get("demand")
     units = tuple(layer.units for layer in manifest.layers)
-    demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,
         objects=bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn)),
         predictor=predictor_bytes,
         units=units,
-        demand=demand,
+        curves=_curves(manifest, predictor),
         slot=backend.slot_bytes(ffn),
         stride=manifest.record.stride,
         kv_token=kv_values_per_token(config) * item,
