@@ -224,11 +224,11 @@ def spread(values: np.ndarray) -> float:
     return float(blocks.std(ddof=1) / np.sqrt(len(blocks))) if len(blocks) > 1 else float("inf")
 
 
-def evaluate(dense: Dense, *, fidelity: str = "", **settings: Any) -> Report:
-    """Decode the text at one setting (load_bundle's `predictor`, `window`, ...; the memory and device are Dense's).
+def evaluate(dense: Dense, **settings: Any) -> Report:
+    """Decode the text at one setting: load_bundle's `predictor`, `fidelity`, `window`, ...
 
-    Look-ahead is off: bytes are those of the predictor inside the layer. Raises ValueError as load_bundle does, and
-    when an FFN is given NaN or infinity (names the layer).
+    Memory and device are Dense's. Look-ahead is off: bytes are those of the predictor inside the layer. Raises
+    ValueError as load_bundle does, and when an FFN is given NaN or infinity (names the layer).
     """
     bundle = dense.bundle
     with _load(bundle, dense, look_ahead=False, **settings) as model:
@@ -239,7 +239,7 @@ def evaluate(dense: Dense, *, fidelity: str = "", **settings: Any) -> Report:
         said = dense.compare(item for stretch in dense.stretches for item in decode_logprobs(model, stretch))
         stats, after = flash.stats(before, len(dense.targets)), kernel_bytes(flash.files[0].direct)
         plan, mode, tokens = flash.plan, flash.mode, len(dense.targets)
-        predictor = "all" if plan.whole or flash.layers[0].predictor is None else str(settings.get("predictor") or "")
+        predictor, level = flash.predictor, flash.level
         for watch in watches:
             watch.close()
     layers = []
@@ -255,9 +255,9 @@ def evaluate(dense: Dense, *, fidelity: str = "", **settings: Any) -> Report:
     return Report(
         bundle=bundle.path.name,
         mode=mode,
-        predictor=predictor or "low-bit",
+        predictor=predictor,
         window=settings.get("window"),
-        fidelity=fidelity,
+        fidelity="exact" if mode.startswith("exact") else level.name if level else "",
         tokens=tokens,
         ppl_dense=dense.perplexity,
         ppl=perplexity(np.array(said.losses)),

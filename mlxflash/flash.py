@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlxflash.backends import Backend
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
+from mlxflash.fidelity import Level
 from mlxflash.plan import Plan
 from mlxflash.pool import Staging
 from mlxflash.reader import File, Reader
@@ -75,8 +76,18 @@ class FlashModel(nn.Module):
 class Flash:
     """The streaming side of a model: its layers, reader and plan."""
 
-    def __init__(self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str):
+    def __init__(
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        reader: Reader,
+        backend: Backend,
+        mode: str,
+        predictor: str,
+        level: Level | None,
+    ):
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
+        self.predictor, self.level = predictor, level
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
         self.stagings: list[Staging] = []

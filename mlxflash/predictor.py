@@ -52,6 +52,10 @@ class Projection:
         twin.nbytes = offset.nbytes
         return twin
 
+    def above(self, least: np.ndarray) -> "Projection":
+        """The same that flags estimates above `least`, [units], whatever the offset was."""
+        return Projection(self._backend, self._weights, -least)
+
     def start(self, x: mx.array) -> Ids:
         product = self._backend.project(x, *self._weights)
 
@@ -210,9 +214,14 @@ def floats(m: Matrix) -> np.ndarray:
 
 def deciding_matrix(ffn: FFN, raw: np.ndarray) -> Matrix:
     """The stored deciding part of every unit as one matrix, from a layer's records, uint8 [units, stride]."""
+    return part_matrix(ffn, raw, ffn.first)
+
+
+def part_matrix(ffn: FFN, raw: np.ndarray, name: str) -> Matrix:
+    """The same of any streamed part, quantised or not."""
     if not ffn.bits:
-        return Matrix(stored_part(ffn.record, raw, ffn.first))
-    words, scales, biases = (stored_part(ffn.record, raw, ffn.first + s) for s in ("", "_scales", "_biases"))
+        return Matrix(stored_part(ffn.record, raw, name))
+    words, scales, biases = (stored_part(ffn.record, raw, name + s) for s in ("", "_scales", "_biases"))
     return Matrix(words, scales, biases, ffn.bits, ffn.group_size)
 
 

@@ -236,7 +236,7 @@ def test_a_trained_predictor_generates(command, library, tmp_path):
     assert "predictor   low-rank, " in run.out
     memory = ("--memory", "4.9MB", "--max-kv-size", "128")
     run = command(*generate(bundle, "--predictor", "low-rank", *memory, "--json"))
-    assert json.loads(run.out)["mode"].startswith("approximate (recall ")
+    assert json.loads(run.out)["mode"].startswith("approximate (high")
     run = command("calibrate", bundle, "--text", text, "--predictor", "low-rank")
     assert run.out.count("recall ") == 1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxflash.bundle import Bundle
-from mlxflash.commands.terminal import Progress, read_text, say
+from mlxflash.commands.terminal import FIDELITIES, Progress, read_text, say
 from mlxflash.hub import STORY
 from mlxflash.plan import format_bytes
 
@@ -23,6 +23,8 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--context", type=int, default=512, help="tokens of a stretch, at most (512)")
     p.add_argument("--memory", default=None, help="as for generate")
     p.add_argument("--predictor", nargs="+", default=[None], choices=["low-bit", "low-rank", "oracle", "all"])
+    p.add_argument("--fidelity", nargs="+", default=[None], choices=FIDELITIES, help="levels, each with each predictor")
+    p.add_argument("--margin", type=float, default=None, help="instead of a level: in standard errors of the estimate")
     p.add_argument("--window", type=int, default=None, help="as for generate")
     p.add_argument("--device", default=None, help="as for generate")
     p.add_argument("--json", action="store_true", help="print one JSON object per setting")
@@ -39,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--context {args.context}: at least {LEAST_TOKENS}")
     if args.plot:
         from mlxflash.plot import check_plot
+        from mlxflash.predictor import MARGIN
 
         check_plot(args.plot)
     bundle = Bundle.open(STORY if str(args.bundle) == "story" else args.bundle)
@@ -56,10 +59,14 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
         ) as dense,
     ):
-        settings: list[dict[str, Any]] = [{"predictor": p, "window": args.window} for p in args.predictor]
+        settings: list[dict[str, Any]] = [
+            {"predictor": p, "fidelity": f, "window": args.window, "margin": args.margin}
+            for p in args.predictor
+            for f in args.fidelity
+        ]
         if args.plot:  # the paper's rule is marked beside whatever was asked for
             paper = "low-rank" if "low-rank" in bundle.predictors() else "low-bit"
-            settings.append({"predictor": paper, "window": PAPER_WINDOW})
+            settings.append({"predictor": paper, "window": PAPER_WINDOW, "margin": MARGIN})
         for setting in settings:
             reports.append(evaluate(dense, **setting))
             progress.close()

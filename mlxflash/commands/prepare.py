@@ -31,6 +31,12 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--text", default=None, metavar="FILE", help="text to measure on (the model's own)")
     p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
     p.add_argument("--predictor", default="low-bit", choices=["low-bit", "low-rank"], help="which one (low-bit)")
+    p.add_argument(
+        "--levels",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="find the levels of --fidelity too: some thirty passes over the tokens, hours for the largest models",
+    )
     p.add_argument("--memory", default=None, help="as for generate")
     p.add_argument("--device", default=None, help="as for generate")
     p.set_defaults(run=run_calibrate)
@@ -84,6 +90,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
             device=args.device,
             progress=progress,
             predictor=args.predictor,
+            levels=args.levels,
         )
     print(describe(bundle))
 

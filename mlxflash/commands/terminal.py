@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+FIDELITIES = ("exact", "high", "balanced", "fast")  # as in fidelity.py, which needs MLX
+
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
