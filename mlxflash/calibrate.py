@@ -138,7 +138,7 @@ def calibrate(
         with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
             parts = _comparable(bundle, predictor)
             cuts, found = find_levels(bundle, model, parts, inputs, sequences, device=device, progress=progress)
-        save_cuts(bundle, predictor, cuts)
+        save_cuts(bundle.path, predictor, cuts)
         result["fidelity"][predictor] = found | {"text": source}
     write_manifest(bundle.path, replace(bundle.manifest, calibration=bundle.manifest.calibration | result))
     return Bundle.open(bundle.path)
@@ -155,6 +155,20 @@ def _comparable(bundle: Bundle, predictor: str) -> list[tuple[tuple[Matrix, ...]
             matrix, shift, _ = read_low_bit(file, ffn, layer)
             out.append(((matrix,), shift - one_part(bundle, index, f"{ffn.first}_bias", layer.units)))
     return out
+
+
+def exact_inputs(
+    bundle: Bundle, tokens: np.ndarray, memory: str | int | None, device: str | None, progress: Progress
+) -> list[np.ndarray]:
+    """What each layer's FFN is given on a text, float32 [tokens, d_model], by one exact pass."""
+    with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
+        sequences = _sequences(model, tokens, len(tokens), progress)
+        recorders = record_inputs(model)
+        for i, sequence in enumerate(sequences):
+            progress("exact pass", i, len(sequences))
+            mx.eval(model(mx.array(sequence[None])))
+        progress("exact pass", len(sequences), len(sequences))
+        return [recorder.inputs() for recorder in recorders]
 
 
 def _sequences(model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress) -> list[np.ndarray]:

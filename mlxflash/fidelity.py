@@ -61,11 +61,11 @@ def needs(bundle: Bundle, predictor: str, name: str) -> Level:
     return level
 
 
-def cuts_file(bundle: Bundle, predictor: str) -> Path:
-    return bundle.path / "fidelity" / f"{predictor}.safetensors"
+def cuts_file(bundle: Path, predictor: str) -> Path:
+    return bundle / "fidelity" / f"{predictor}.safetensors"
 
 
-def save_cuts(bundle: Bundle, predictor: str, cuts: Cuts) -> None:
+def save_cuts(bundle: Path, predictor: str, cuts: Cuts) -> None:
     """Every layer's base and threshold: a unit is flagged whose estimate exceeds base + multiplier * threshold."""
     file = cuts_file(bundle, predictor)
     file.parent.mkdir(exist_ok=True)
@@ -79,12 +79,12 @@ def save_cuts(bundle: Bundle, predictor: str, cuts: Cuts) -> None:
     )
 
 
-def read_cuts(bundle: Bundle, predictor: str, multiplier: float) -> Cuts:
+def read_cuts(bundle: Bundle, predictor: str, multiplier: float = 1.0) -> Cuts:
     """What save_cuts wrote, the thresholds times `multiplier`.
 
     Raises BundleError when the file is missing, damaged or another model's.
     """
-    file = cuts_file(bundle, predictor)
+    file = cuts_file(bundle.path, predictor)
     try:
         loaded = cast(dict[str, mx.array], mx.load(str(file)))
         cuts = [

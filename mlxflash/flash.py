@@ -14,6 +14,7 @@ from mlxflash.backends import Backend
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
 from mlxflash.fidelity import Level
+from mlxflash.forecast import Forecast
 from mlxflash.plan import Plan
 from mlxflash.pool import Staging
 from mlxflash.reader import File, Reader
@@ -30,9 +31,10 @@ class FlashStats:
     hit_rate: float
     held_share: float  # of all FFN units, in memory at the end
     peak_rss_gb: float
-    flash_s: float  # waiting for reads
+    flash_s: float  # asking for reads and waiting for them
     manage_s: float  # window upkeep
     predict_s: float
+    forecast_tps: float | None  # tokens per second as foreseen; None: not where reads may come from the page cache
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ class Flash:
         backend: Backend,
         mode: str,
         predictor: str,
-        level: Level | None,
+        level: Level | None = None,
+        forecast: Forecast | None = None,
     ):
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
-        self.predictor, self.level = predictor, level
+        self.predictor, self.level, self.forecast = predictor, level, forecast
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
         self.stagings: list[Staging] = []
@@ -99,7 +102,8 @@ class Flash:
     def describe(self) -> str:
         """The plan and what carries it out, for people."""
         direct = "direct" if self.files and self.files[0].direct else "buffered"
-        return f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+        said = f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+        return f"{said}\n{self.forecast.describe()}" if self.forecast else said
 
     @property
     def exact(self) -> bool:
@@ -131,6 +135,7 @@ class Flash:
             flash_s=now.times.flash - since.times.flash,
             manage_s=now.times.manage - since.times.manage,
             predict_s=now.times.predict - since.times.predict,
+            forecast_tps=1 / self.forecast.seconds if self.forecast else None,
         )
 
     def held_share(self) -> float:

@@ -114,7 +114,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
         )
     reserves = _reserves(sizes, context, memory - least)
     pools = memory - fixed - sum(reserves.values())
-    capacities = _share(sizes, pools // sizes.slot)
+    capacities = split_slots(sizes.units, sizes.curves, pools // sizes.slot)
     return Plan(
         memory=memory,
         resident=sizes.resident,
@@ -190,16 +190,14 @@ def _least_staging(sizes: Sizes) -> int:
     return sizes.stride + (3 << 12)
 
 
-def _share(sizes: Sizes, slots: int) -> tuple[int, ...]:
-    """Split `slots` between layers: by miss curves where there are any, else evenly; none gets under MIN_SLOTS.
+def split_slots(units: tuple[int, ...], curves: tuple[MissCurve, ...] | None, slots: int) -> tuple[int, ...]:
+    """`slots` shared out to layers of `units`: by miss curves where there are any, else evenly; MIN_SLOTS at least.
 
-    Slots go where they save most misses each, along the lower convex hull of every layer's curve.
+    Slots go where each saves most misses, along the lower convex hull of every layer's curve.
     """
-    capacities = [min(MIN_SLOTS, n) for n in sizes.units]
+    capacities = [min(MIN_SLOTS, n) for n in units]
     left = slots - sum(capacities)
-    steps = [
-        (saved, layer, until) for layer, n in enumerate(sizes.units) for saved, until in _steps(sizes.curves, layer, n)
-    ]
+    steps = [(saved, layer, until) for layer, n in enumerate(units) for saved, until in _steps(curves, layer, n)]
     for _, group in groupby(sorted(steps, key=itemgetter(0), reverse=True), key=itemgetter(0)):
         wanted = {layer: until - capacities[layer] for _, layer, until in group if until > capacities[layer]}
         share = min(1.0, left / max(1, sum(wanted.values())))
