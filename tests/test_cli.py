@@ -121,7 +121,7 @@ def test_json_from_stdin_within_a_budget_equals_the_text():
     said = json.loads(run.out)
     assert set(said) == KEYS
     assert said["text"] == process(*STORY, *small).out.removesuffix("\n")
-    assert said["mode"].startswith("approximate (recall 9")
+    assert said["mode"].startswith("approximate (high: perplexity +0.0")
     assert (said["prompt_tokens"], said["generation_tokens"]) == (5, 12)
     assert said["bytes_per_token"] > 1e5
     assert 0 < said["hit_rate"] < 1
@@ -237,7 +237,7 @@ def test_a_trained_predictor_generates(command, library, tmp_path):
     assert "predictor   low-rank, " in run.out
     memory = ("--memory", "4.9MB", "--max-kv-size", "128")
     run = command(*generate(bundle, "--predictor", "low-rank", *memory, "--json"))
-    assert json.loads(run.out)["mode"].startswith("approximate (recall ")
+    assert json.loads(run.out)["mode"].startswith("approximate (high")
     run = command("calibrate", bundle, "--text", text, "--predictor", "low-rank")
     assert run.out.count("recall ") == 1
 
