@@ -70,6 +70,7 @@ def calibrate(
     bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
+    bundle.require_sparse()
     if predictor not in bundle.predictors():
         raise BundleError(f"{bundle.path}: has no {predictor} predictor to calibrate; {STORED[predictor]}")
     if tokens is not None:
@@ -226,7 +227,7 @@ def _measure_layer(
     raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES)
     exact = deciding_matrix(ffn, raw.reshape(units, stride))
     file = bundle.predictor_files(predictor)[index]
-    bias = one_part(bundle, index, f"{ffn.first}_bias", units)
+    bias = ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
 
     def products(x: np.ndarray, *weights: Matrix) -> np.ndarray:
         return backend.project(mx.array(x), *weights)()

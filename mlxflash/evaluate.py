@@ -381,7 +381,7 @@ def _load(bundle: Bundle, dense: Dense, **settings: Any) -> FlashModel:
 
 
 def _watch(model: FlashModel, bundle: Bundle, folder: Path) -> Sequence[_Watch]:
-    family, _ = family_of(bundle.config(), str(bundle.path))
+    family, *_ = family_of(bundle.config(), str(bundle.path))
     watches = []
     for index, layer in enumerate(model.layers):
         watches.append(_Watch(getattr(layer, family.ffn), folder / f"inputs-{index:03d}.f32"))

@@ -24,8 +24,8 @@ from mlxflash.flash import Flash, FlashModel
 from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.misses import MissCurve
-from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
-from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
+from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions, settings
+from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
 from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
@@ -34,7 +34,6 @@ from mlxflash.window import Window
 
 STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
 PREDICTORS = ("all", "oracle", *STORED)
-LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
 
@@ -72,11 +71,11 @@ def load_bundle(
     Raises ValueError (BundleError, BudgetError) with one sentence.
     """
     bundle = bundle or Bundle.open(path)
-    config = bundle.config()
     where = str(bundle.path)
-    family, activation = family_of(config, where)
+    config = settings(bundle.config(), where)
+    family, *activation = family_of(config, where)
     manifest = bundle.manifest
-    if (manifest.layout, manifest.activation) != (family.layout, activation):
+    if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], config["num_hidden_layers"]):
         raise BundleError(
@@ -96,12 +95,14 @@ def load_bundle(
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
     if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
+    if own is None and predictor not in (None, "all"):
+        bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
     if own is not None:
         predictor = "own"
     elif predictor is None:
-        predictor = "low-bit" if "low-bit" in bundle.predictors() else "all"
+        predictor = "low-bit" if manifest.sparse and "low-bit" in bundle.predictors() else "all"
     level = None
     if predictor in STORED and margin is None:
         level = needs(bundle, str(predictor), fidelity) if fidelity else level_of(bundle, str(predictor), DEFAULT)
@@ -143,7 +144,7 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        gap = disk.gap_bytes() if disk else 0
+        gap = disk.gap_bytes() if disk and not check_reads else 0  # what only passes by is not checked
         staging, *others = flash.stagings = [Staging(plan.staging_bytes, gap) for _ in range(3)]
         blocks = None
         if not plan.whole:
@@ -173,6 +174,10 @@ def load_bundle(
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
+        for here, there in pairwise(flash.layers):
+            here.after = there
+        if name == "all":  # the next token begins where this one ends
+            flash.layers[-1].after = flash.layers[0]
         if look_ahead and name in ("low-bit", "oracle"):
             _link(flash.layers, bundle, backend, ffn, cuts)
     except BaseException:
@@ -189,7 +194,7 @@ def _link(layers: list[FlashLayer], bundle: Bundle, backend: Backend, ffn: FFN, 
     for i, (file, (here, there)) in enumerate(zip(files, pairwise(layers), strict=True), 1):
         fit, shift, error = read_look_ahead(file, bundle.manifest.d_model, there.units)
         assert isinstance(there.predictor, Projection)
-        bias = there.source.resident.get(f"{ffn.first}_bias", 0)
+        bias = ffn.offset(there.source.resident.get(f"{ffn.first}_bias"), there.units)
         offset = np.asarray(bias - shift + AHEAD_MARGIN * error - (cuts[i][1] if cuts else 0), np.float32)
         here.next, here.ahead = there, LookAhead(backend, fit, there.predictor.at(offset))
 
@@ -214,7 +219,7 @@ def _predictor(
     if name == "all":
         return None
     layer = bundle.manifest.layers[index]
-    bias = source.resident.get(f"{ffn.first}_bias", np.zeros(layer.units, np.float32))
+    bias = ffn.offset(source.resident.get(f"{ffn.first}_bias"), layer.units)
     if name in STORED:
         files = bundle.predictor_files(name)
         if len(files) != bundle.num_layers:
@@ -237,7 +242,7 @@ def _predictor(
 def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, level: Level | None) -> str:
     """`exact`, or `approximate` with what calibration measured."""
     if predictor == "all":
-        return "exact (all resident)" if plan.whole else "exact"
+        return "exact (all resident)" if plan.whole else "exact (streaming)"
     if predictor == "oracle":
         return "exact (oracle)"
     if level is not None:
@@ -262,6 +267,8 @@ def _load_resident(
                 size = manifest.d_model if part == "down" else manifest.layers[i].units
                 wanted[f"ffn.{i}.{part}_bias"] = (size,), False
         setattr(layer, family.ffn, nn.Identity())
+    if hasattr(model, "sanitize"):  # where some classes learn that they have no head of their own
+        model.sanitize({t.name: mx.zeros(t.shape) for t in found})
     given = {t.name: (t.shape, t.dtype == "uint32") for t in found}
     if manifest.quantization is not None:
         nn.quantize(

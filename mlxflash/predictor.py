@@ -201,7 +201,7 @@ def deciding(bundle: Bundle, index: int) -> tuple[Matrix, np.ndarray, np.ndarray
     ffn, units = FFN.of(bundle.manifest), bundle.manifest.layers[index].units
     raw = np.fromfile(bundle.layer_path(index), np.uint8, units * ffn.record.stride, offset=HEADER_BYTES)
     m = deciding_matrix(ffn, raw.reshape(units, ffn.record.stride))
-    return m, floats(m), one_part(bundle, index, f"{ffn.first}_bias", units)
+    return m, floats(m), ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
 
 
 def floats(m: Matrix) -> np.ndarray:

@@ -263,7 +263,7 @@ def _measure(
     progress: Progress,
 ) -> list[Point]:
     """What each of `rows` ways to thin, `keep_of(layer)(row + 1, ...)`, costs on the sequences."""
-    family, _ = family_of(bundle.config(), str(bundle.path))
+    family, *_ = family_of(bundle.config(), str(bundle.path))
     for index, layer in enumerate(model.layers):
         bias = model.flash.layers[index].down_bias
         setattr(layer, family.ffn, Thin(bundle, index, bias, keep_of(index)))

@@ -61,9 +61,11 @@ def train(
 ) -> Bundle:
     """Train `low-rank` on `sequences` (int [n] tokens each; the last is kept to report on) and measure it.
 
-    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError
-    for a width that factors do not fit, too little text, too little disk, NaN activations (names the layer).
+    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError where
+    units are never zero, for a width that factors do not fit, too little text, too little disk, NaN activations
+    (names the layer).
     """
+    bundle.require_sparse()
     if bundle.manifest.d_model % 32:
         raise ValueError(f"{bundle.path}: width {bundle.manifest.d_model} is not in groups of 32, as 8-bit factors are")
     if len(sequences) <= LEAST_SEQUENCES or min(map(len, sequences)) < 2:

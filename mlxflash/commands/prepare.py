@@ -63,13 +63,14 @@ def add_reorder(p: argparse.ArgumentParser) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     from mlxflash.calibrate import calibrate
+    from mlxflash.catalog import ALIASES
     from mlxflash.converters import convert
-    from mlxflash.hub import ALIASES, download
+    from mlxflash.hub import download, is_repo
 
     start = time.perf_counter()
     _check_tokens(args)
     source = Path(args.source)
-    if not source.exists() and (args.source in ALIASES or (args.source.count("/") == 1 and args.source[0] not in "./")):
+    if not source.exists() and (args.source in ALIASES or (is_repo(args.source) and args.source[0] != ".")):
         source = download(ALIASES.get(args.source, args.source))
     text = args.calibrate if args.calibrate not in ("auto", "self", "none") else None
     tokens = None if text is None or not source.is_dir() else read_text(text, source, args.tokens)
