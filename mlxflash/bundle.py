@@ -33,7 +33,7 @@ MAGIC = b"MLXFLASH"
 HEADER_BYTES = 16384  # one Apple page: data starts where direct reads and Metal want it
 BLOCK_BYTES = 4096  # what direct I/O aligns to
 MAX_PADDING = 0.05  # above this share records are packed instead of padded to blocks
-LEVEL_FIGURES = ("multiplier", "kl", "kl_se", "ppl_change", "ppl_change_se", "top1", "flagged")
+LEVEL_FIGURES = ("multiplier", "kl", "kl_se", "ppl_change", "ppl_change_se", "top1", "flagged", "held")
 MAX_JSON_BYTES = 64 << 20
 
 SPARSE_ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu")  # most units' products with most inputs are zero

@@ -24,7 +24,7 @@ Cuts = list[tuple[np.ndarray, np.ndarray]]  # per layer: base and threshold, flo
 
 @dataclass(frozen=True)
 class Level:
-    """A level as measured on text with nothing held from earlier tokens: what is held only makes it better."""
+    """A level as measured on text, with `held` of the units held from earlier tokens; more only makes it better."""
 
     name: str
     multiplier: float
@@ -34,6 +34,7 @@ class Level:
     ppl_change_se: float
     top1: float
     flagged: float
+    held: float
     met: bool
 
     def describe(self) -> str:

@@ -246,7 +246,8 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, leve
     if predictor == "oracle":
         return "exact (oracle)"
     if level is not None:
-        return f"approximate ({level.describe()})"
+        less = sum(plan.capacities) / sum(plan.units) < level.held - 0.01
+        return f"approximate ({level.describe()}{f', measured with {level.held:.0%} held' if less else ''})"
     said = bundle.manifest.calibration.get(predictor)
     if not said or (MARGIN if margin is None else margin) != said["margin"]:
         return "approximate (not measured)"

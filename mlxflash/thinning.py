@@ -1,15 +1,14 @@
 """Find levels of fidelity: how far the reading of active units can be thinned out for a stated cost.
 
 The model runs over text with several thresholds at once: every sequence goes through as a batch whose first row is
-exact and whose others leave out what their threshold says, in every layer and with nothing held over from earlier
-tokens. So each layer's weights are fetched once per chunk of text for all thresholds, and the divergence of a row from
-the first is the price of its threshold.
+exact and whose others leave out what their threshold says, in every layer: all of it, or what a simulated window does
+not hold from earlier tokens. So each layer's weights are fetched once per chunk of text for all thresholds, and the
+divergence of a row from the first is the price of its threshold.
 
 What decides is the KL divergence, not the change of perplexity: on text as the model would write it itself they have
 the same expectation, and the first is known after some hundred tokens where the second is noise of several times the
 price. A level is met when KL, by its 95 % bound, is at most log(1 + change). The paired change of perplexity is
-recorded beside it; on text that the model was trained on it is larger, since what was learnt by heart suffers most
-(RESULTS.md).
+recorded beside it; on text that the model was trained on it is larger: what was learnt by heart suffers most.
 
 Thresholds: leaving out a unit costs, to second order, sensitivity(layer) * (activation * |down row|)^2. The
 sensitivities are measured by thinning one layer at a time; then the fewest reads for a given cost have one threshold
@@ -32,7 +31,7 @@ from mlxflash.bundle import HEADER_BYTES, Bundle
 from mlxflash.evaluate import Progress, spread
 from mlxflash.fidelity import LEVELS, Cuts, Level
 from mlxflash.flash import FlashModel
-from mlxflash.misses import SHARES, miss_curve
+from mlxflash.misses import SHARES, computed, miss_curve, simulated
 from mlxflash.models import family_of
 from mlxflash.predictor import floats, part_matrix
 from mlxflash.resident import one_part
@@ -172,6 +171,7 @@ def find_levels(
     inputs: list[np.ndarray],
     sequences: list[np.ndarray],
     *,
+    held: tuple[int, ...] | None = None,
     device: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Cuts, dict[str, Any]]:
@@ -180,7 +180,8 @@ def find_levels(
     model: the bundle's, exact; its FFNs are replaced. predictors: each layer's matrices, and what their product is
     compared with where that estimates the deciding product, [units] (None: any score). inputs: what the FFNs are given
     for all but the last token of each of `sequences`, float32 [tokens, d_model]; the first half of the sequences makes
-    thresholds, the others are reported on.
+    thresholds, the others are reported on. held: units that each layer's window holds (None: nothing from earlier
+    tokens).
     """
     backend, count = make_backend(device), bundle.num_layers
     half = max(1, len(sequences) // 2)
@@ -205,7 +206,13 @@ def find_levels(
     def measured(multipliers: list[float]) -> list[Point]:
         def predicted(index: int) -> Keep:
             base, threshold = cuts[index]
-            return lambda r, x, a: layers[index].project(x) > base + np.float32(multipliers[r - 1]) * threshold
+            windows = [simulated(len(base), held[index]) for _ in multipliers] if held else None
+
+            def keep(r: int, x: np.ndarray, _: np.ndarray) -> np.ndarray:
+                flags = layers[index].project(x) > base + np.float32(multipliers[r - 1]) * threshold
+                return computed(windows[r - 1], flags) if windows else flags
+
+            return keep
 
         points = _measure(bundle, model, predicted, len(multipliers), reported, "thresholds", progress)
         return [replace(p, multiplier=m) for p, m in zip(points, multipliers, strict=True)]
@@ -218,7 +225,11 @@ def find_levels(
         good = [p for p in points if p.meets(change)]
         best = good[-1] if good else min(points, key=lambda p: p.kl)
         flags = [layer.flags(s, best.multiplier) for layer, s in zip(layers, scale.tolist(), strict=True)]
-        level = Level(name, met=bool(good), flagged=float(np.mean([f.mean() for f in flags])), **asdict(best))
+        flagged, share = (
+            float(np.mean([f.mean() for f in flags])),
+            sum(held) / sum(len(c[0]) for c in cuts) if held else 0.0,
+        )
+        level = Level(name, met=bool(good), flagged=flagged, held=share, **asdict(best))
         curves = {"shares": SHARES, "layers": [miss_curve(f).misses for f in flags]}
         levels[name] = {k: v for k, v in asdict(level).items() if k != "name"} | {"misses": curves}
     tokens = sum(len(s) - 1 for s in reported)

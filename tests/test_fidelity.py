@@ -20,6 +20,7 @@ from mlxflash.cli import main  # noqa: E402
 from mlxflash.commands.inspect import describe  # noqa: E402
 from mlxflash.evaluate import Dense, evaluate  # noqa: E402
 from mlxflash.fidelity import LEVELS, level_of, read_cuts  # noqa: E402
+from mlxflash.misses import computed, simulated  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
 from mlxflash.order import reorder  # noqa: E402
 from mlxflash.thinning import Point, Thin  # noqa: E402
@@ -189,3 +190,30 @@ def test_the_command_names_the_level(bundle, capfd):
     with pytest.raises(SystemExit):
         main(["generate", "-p", "It was", "--exact", "--fidelity", "fast"])
     assert "contradict" in capfd.readouterr().err
+
+
+def test_a_simulated_window_computes_what_is_wanted_and_what_it_holds():
+    wanted = np.random.default_rng(0).random((60, 50)) < np.linspace(0.3, 0.0, 50)
+    found = computed(simulated(50, 20), wanted)
+    assert (found | ~wanted).all()
+    held = found.sum(axis=1)
+    assert ((held == 20) | (held == wanted.sum(axis=1)))[20:].all()
+    assert held.mean() > 1.5 * wanted.sum(axis=1).mean()
+    np.testing.assert_array_equal(found[0], wanted[0])
+    np.testing.assert_array_equal(found[1], wanted[0] | wanted[1])
+
+
+def test_levels_that_count_on_memory_are_had_with_it(ours):
+    """A window's worth of memory makes a level cheaper, the decode path agrees, and less memory is owned up to."""
+    alone = level_of(Bundle.open(ours), "low-bit", "fast")
+    bundle = calibrate(Bundle.open(ours), TOKENS, memory=SMALL)
+    level = level_of(bundle, "low-bit", "fast")
+    assert level.held > 0.05
+    assert level.multiplier > alone.multiplier
+    with Dense(bundle, TOKENS[128:], context=127, memory=SMALL) as dense:
+        found = evaluate(dense, fidelity="fast").kl
+    assert 0.4 * level.kl < found < 1.05 * level.kl  # memory is split by the level's own miss curves, which is better
+    with load_bundle(ours, memory=SMALL, fidelity="fast") as model:
+        assert "held" not in model.flash.mode
+    with load_bundle(ours, memory="5.2MB", fidelity="fast") as model:
+        assert f"measured with {level.held:.0%} held" in model.flash.mode

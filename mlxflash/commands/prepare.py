@@ -37,7 +37,7 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
         default=True,
         help="find the levels of --fidelity too: some thirty passes over the tokens, hours for the largest models",
     )
-    p.add_argument("--memory", default=None, help="as for generate")
+    p.add_argument("--memory", default=None, help="as for generate; levels then count on what it holds")
     p.add_argument("--device", default=None, help="as for generate")
     p.set_defaults(run=run_calibrate)
 
