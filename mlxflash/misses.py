@@ -78,6 +78,24 @@ def misses_per_token(wanted: np.ndarray, held: int) -> float:
     return (window.num_misses - before) / (len(wanted) - warm)
 
 
+def simulated(units: int, held: int) -> Window:
+    """A layer's window of which only the maps exist, for `held` units."""
+    return Window(units, _NoRows(held), cast(Any, None), cast(Any, None))
+
+
+def computed(window: Window, wanted: np.ndarray) -> np.ndarray:
+    """Which units a layer computes when its tokens, one after the other, want `wanted`, bool [tokens, units]: those,
+    and what the window holds."""
+    out = wanted.copy()
+    for token, row in enumerate(wanted):
+        ticket = window.request(np.flatnonzero(row))
+        window.ready(ticket)
+        out[token] |= window.slot_of >= 0
+        while len(ticket.left):
+            window.next(ticket)
+    return out
+
+
 def miss_curve(wanted: np.ndarray) -> MissCurve:
     """The curve of a layer whose tokens want `wanted`, bool [tokens, units]; the last MOST_TOKENS are simulated."""
     wanted = wanted[-MOST_TOKENS:]
