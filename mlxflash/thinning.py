@@ -26,7 +26,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxflash.backends import FFN, Backend, Matrix, make_backend
-from mlxflash.backends.metal import ACTIVATIONS
+from mlxflash.backends.metal import activate
 from mlxflash.bundle import HEADER_BYTES, Bundle
 from mlxflash.evaluate import Progress, spread
 from mlxflash.fidelity import LEVELS, Cuts, Level
@@ -71,14 +71,15 @@ class Weights:
         raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES).reshape(-1, stride)
         self._parts = {name: floats(part_matrix(ffn, raw, name)) for name in {ffn.first, "up", "down"}}
         self.first, self.up, self.down = self._parts[ffn.first], self._parts["up"], self._parts["down"]
-        self._bias = one_part(bundle, index, f"{ffn.first}_bias", units)
-        self._act, self._gated = ACTIVATIONS[ffn.activation], ffn.layout == "gated"
+        self._ffn, self._offset = ffn, ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
+        self._up_bias = one_part(bundle, index, "up_bias", units)
 
     def activations(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x [tokens, d_model] to the deciding products and to what multiplies the down rows: [tokens, units] both."""
-        products = x @ self.first.T + self._bias
-        out = np.array(self._act(mx.array(products)))
-        return products, out * (x @ self.up.T) if self._gated else out
+        """x [tokens, d_model] to the deciding products, above zero where a unit is active, and to what multiplies the
+        down rows: [tokens, units] both."""
+        products = x @ self.first.T + self._offset
+        up = mx.array(x @ self.up.T + self._up_bias) if self._ffn.layout == "gated" else None
+        return products, np.array(activate(self._ffn, mx.array(products + self._ffn.threshold), up))
 
 
 class Thin(nn.Module):

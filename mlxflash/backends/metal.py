@@ -23,12 +23,23 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16,
 
 ACTIVATIONS = {
     "relu": nn.relu,
-    "drelu": nn.relu,  # of the gate; the other product's stands in `ffn`
+    "drelu": nn.relu,  # of the gate; the other product's stands in `activate`
     "relu2": lambda x: mx.square(nn.relu(x)),
     "silu": nn.silu,
     "gelu": nn.gelu,
     "gelu_tanh": nn.gelu_approx,
 }
+
+
+def activate(ffn: FFN, first: mx.array, up: mx.array | None) -> mx.array:
+    """What multiplies the down rows, from the deciding products and, of gated units, those of `up`."""
+    if ffn.activation == "fatrelu":
+        h = mx.where(first > ffn.threshold, first, mx.zeros((), first.dtype))
+    else:
+        h = ACTIVATIONS[ffn.activation](first)
+    if up is None:
+        return h
+    return h * (nn.relu(up) if ffn.activation == "drelu" else up)
 
 
 def shared_array(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, memoryview]:
@@ -212,13 +223,7 @@ class MLXRows:
         if n == 0:  # the quantised kernels of MLX's CPU device die of zero rows
             return mx.zeros_like(x), np.zeros((watch, 0), bool) if watch else None
         first = self._biased(x, self._ffn.first, n)
-        if self._ffn.activation == "fatrelu":
-            h = mx.where(first > self._ffn.threshold, first, mx.zeros((), first.dtype))
-        else:
-            h = ACTIVATIONS[self._ffn.activation](first)
-        if self._ffn.layout == "gated":
-            up = self._biased(x, "up", n)
-            h = h * (nn.relu(up) if self._ffn.activation == "drelu" else up)
+        h = activate(self._ffn, first, self._biased(x, "up", n) if self._ffn.layout == "gated" else None)
         if keep is not None:
             h = mx.where(mx.array(keep), h, mx.zeros((), h.dtype))
         y = self._product(h, "down", n, False).astype(x.dtype)
