@@ -33,9 +33,10 @@ HEADER_BYTES = 16384  # one Apple page: data starts where direct reads and Metal
 BLOCK_BYTES = 4096  # what direct I/O aligns to
 MAX_PADDING = 0.05  # above this share records are packed instead of padded to blocks
 MAX_JSON_BYTES = 64 << 20
+VERIFY_BYTES = 16 << 20  # of records in memory at a time
 
 SPARSE_ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu")  # most units' products with most inputs are zero
-
+MODES = ("affine", "mxfp4")  # of quantisation, in MLX's words
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "uint8": 1}
 
 
@@ -231,14 +232,15 @@ class Bundle:
         layer, record = self.manifest.layers[index], self.manifest.record
         return np.fromfile(self.layer_path(index), "<u4", layer.units, offset=trailer_offset(layer.units, record))
 
-    def verify(self, index: int, block_records: int = 4096) -> Iterator[int]:
+    def verify(self, index: int, block_bytes: int = VERIFY_BYTES) -> Iterator[int]:
         """Yield the positions of records of one layer whose bytes do not match their checksum."""
         layer, record = self.manifest.layers[index], self.manifest.record
         sums = self.checksums(index)
         with open(self.layer_path(index), "rb") as f:
             f.seek(HEADER_BYTES)
-            for first in range(0, layer.units, block_records):
-                count = min(block_records, layer.units - first)
+            step = max(1, block_bytes // record.stride)
+            for first in range(0, layer.units, step):
+                count = min(step, layer.units - first)
                 block = memoryview(f.read(count * record.stride))
                 if len(block) != count * record.stride:
                     raise BundleError(f"{self.layer_path(index)}: ends inside record {first}; convert again")
@@ -347,7 +349,7 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
     if quantization is not None:
         for key in ("bits", "group_size"):
             _get(quantization, key, int, f"{where}, quantization")
-        if (mode := _get(quantization, "mode", str, f"{where}, quantization")) != "affine":
+        if (mode := _get(quantization, "mode", str, f"{where}, quantization")) not in MODES:
             raise BundleError(f"{where}: quantization mode {mode!r} is unknown; convert again")
     dtype = _get(data, "dtype", str, where)
     if dtype not in ("float32", "float16", "bfloat16"):

@@ -18,15 +18,28 @@ from mlx.utils import tree_flatten
 from mlxflash.backends import FFN, Backend, make_backend
 from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
+from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
-from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions, settings
+from mlxflash.models import (
+    Family,
+    build_model,
+    family_of,
+    ffn_layers,
+    find,
+    graft,
+    kv_values_per_token,
+    max_positions,
+    quantise,
+    quantization_of,
+    settings,
+)
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
 from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
-from mlxflash.resident import Tensor, ffn_parts, tensors
+from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
 from mlxflash.window import Window
 
 STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
@@ -72,7 +85,9 @@ def load_bundle(
     manifest = bundle.manifest
     if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
-    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], config["num_hidden_layers"]):
+    mixture = family.layout == "experts"  # of which dense layers may be a part
+    layers = bundle.num_layers if mixture else config["num_hidden_layers"]
+    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], layers):
         raise BundleError(
             f"{where}: made of {bundle.num_layers} layers of width {manifest.d_model}, config.json says otherwise"
         )
@@ -83,6 +98,8 @@ def load_bundle(
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
     if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
+    if mixture and (look_ahead or predictor not in (None, "all")):
+        raise ValueError(f"{where}: a mixture's own router says which experts a token needs; it takes no predictor")
     if own is None and predictor not in (None, "all") and not manifest.sparse:
         raise ValueError(
             f"{where}: {manifest.activation} units are never zero, so none can be left out; use --exact (predictor all)"
@@ -93,6 +110,8 @@ def load_bundle(
         predictor = "own"
     elif predictor is None:
         predictor = "low-bit" if manifest.sparse and "low-bit" in bundle.predictors() else "all"
+    if mixture:
+        predictor = "router"
     backend = backend or make_backend(device)
     ffn = FFN.of(manifest, str(bundle.path / "manifest.json"))
     context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
@@ -112,6 +131,9 @@ def load_bundle(
     disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
+    streamed = ffn_layers(model, family)
+    if len(streamed) != bundle.num_layers:
+        raise BundleError(f"{where}: made of {bundle.num_layers} layers, config.json describes {len(streamed)}")
     name = "all" if plan.whole else str(predictor)
     mode = _mode(bundle, name, plan, margin)
     reader: Any = make_reader(direct=direct)
@@ -128,7 +150,7 @@ def load_bundle(
             pair = [backend.rows(ffn, plan.block_units, other) for other in others]
             gap = disk.gap_bytes() if disk else DEFAULT_GAP_BYTES
             blocks = Blocks((pair[0], pair[1]), gap // manifest.record.stride)
-        for i, entry in enumerate(manifest.layers):
+        for i, (entry, owner) in enumerate(zip(manifest.layers, streamed, strict=True)):
             file = File(bundle.layer_path(i), direct)
             flash.files.append(file)
             source = Source(file, resident[i])
@@ -143,6 +165,7 @@ def load_bundle(
                 predictor=own[i]
                 if name == "own" and own
                 else _predictor(name, bundle, i, backend, ffn, source, margin),
+                fixed=name == "all",
                 down_bias=flash_bias(resident[i], backend, bundle),
                 times=flash.times,
                 stride=manifest.record.stride,
@@ -151,7 +174,7 @@ def load_bundle(
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
-            setattr(model.layers[i], family.ffn, FlashFFN(layer))
+            graft(owner, family.ffn, FlashExperts(layer) if mixture else FlashFFN(layer))
         if look_ahead and name in ("low-bit", "oracle"):
             _link(flash.layers, bundle, backend, ffn)
     except BaseException:
@@ -182,7 +205,7 @@ def flash_bias(resident: dict[str, np.ndarray], backend: Backend, bundle: Bundle
 def _predictor(
     name: str, bundle: Bundle, index: int, backend: Backend, ffn: FFN, source: Source, margin: float
 ) -> Predictor | None:
-    if name == "all":
+    if name in ("all", "router"):
         return None
     layer = bundle.manifest.layers[index]
     offset = ffn.offset(source.resident.get(f"{ffn.first}_bias"), layer.units)
@@ -206,8 +229,8 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
     """`exact`, or `approximate` with what calibration measured."""
     if predictor == "all":
         return "exact (all resident)" if plan.whole else "exact (streaming)"
-    if predictor == "oracle":
-        return "exact (oracle)"
+    if predictor in ("oracle", "router"):
+        return f"exact ({predictor})"
     said = bundle.manifest.calibration.get(predictor)
     if not said or margin != said["margin"]:
         return "approximate (not measured)"
@@ -219,26 +242,24 @@ def _load_resident(
 ) -> list[dict[str, np.ndarray]]:
     """Read resident weights into the model; return the per-unit and bias arrays of each layer's FFN, float32."""
     manifest = bundle.manifest
-    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}  # name to shape and whether it is words
-    for i, layer in enumerate(model.layers):
-        ffn = getattr(layer, family.ffn)
+    wanted: dict[str, tuple[tuple[int, ...], str]] = {}  # name to shape and kind of number
+    for i, layer in enumerate(ffn_layers(model, family)):
+        ffn = find(layer, family.ffn)
+        if family.layout == "experts":
+            _check_experts(bundle, i, ffn, family)
         for part, path in family.parts.items():
-            if "bias" in attrgetter(path)(ffn):
+            if family.layout != "experts" and "bias" in attrgetter(path)(ffn):
                 size = manifest.d_model if part == "down" else manifest.layers[i].units
-                wanted[f"ffn.{i}.{part}_bias"] = (size,), False
-        setattr(layer, family.ffn, nn.Identity())
+                wanted[f"ffn.{i}.{part}_bias"] = (size,), "float"
+        graft(layer, family.ffn, nn.Identity())
     if hasattr(model, "sanitize"):  # where some classes learn that they have no head of their own
         model.sanitize({t.name: mx.zeros(t.shape) for t in found})
-    given = {t.name: (t.shape, t.dtype == "uint32") for t in found}
-    if manifest.quantization is not None:
-        nn.quantize(
-            model,
-            manifest.quantization["group_size"],
-            manifest.quantization["bits"],
-            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in given,
-        )
+    given = {t.name: (t.shape, t.dtype if t.dtype in WORDS else "float") for t in found}
+    quantization = quantization_of(bundle.config(), str(bundle.path)) or manifest.quantization
+    if quantization is not None:
+        quantise(model, quantization, given, str(bundle.path))
     parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    wanted |= {name: (a.shape, a.dtype == mx.uint32) for name, a in parameters}
+    wanted |= {name: (a.shape, next((w for w in WORDS if MLX[w] == a.dtype), "float")) for name, a in parameters}
     if wrong := [name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)]:
         raise BundleError(f"{bundle.path}: resident {min(wrong)!r} is missing, misshapen or extra; convert again")
     if len(given) < len(found):
@@ -254,6 +275,18 @@ def _load_resident(
     mx.eval(model.parameters())
     model.eval()
     return parts
+
+
+def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> None:
+    """That a layer's records are the experts which config.json describes."""
+    manifest = bundle.manifest
+    shapes = {part: tuple(attrgetter(path)(switch).weight.shape) for part, path in family.parts.items()}
+    hidden = manifest.record["up_scales" if manifest.quantization else "up"].shape[0]
+    units, d = manifest.layers[index].units, manifest.d_model
+    biased = "bias" in attrgetter(family.parts["up"])(switch)
+    said = {"gate": (units, hidden, d), "up": (units, hidden, d), "down": (units, d, hidden)}
+    if shapes != said or biased != ("up_bias" in manifest.record):
+        raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")
 
 
 def _sizes(
@@ -276,6 +309,10 @@ def _sizes(
         predictor_bytes += sum(layer.units for layer in manifest.layers) * first
     calibrated = manifest.calibration.get("demand")
     units = tuple(layer.units for layer in manifest.layers)
+    experts: dict[str, int] = {}
+    if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
+        chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
+        experts = {"least_slots": chosen, "expert_token": chosen * (4 * manifest.d_model + 3 * hidden) * item}
     demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units
     return Sizes(
         model=stored + bundle.streamed_bytes(),
@@ -292,4 +329,5 @@ def _sizes(
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
         staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+        **experts,
     )

@@ -43,6 +43,8 @@ class Sizes:
     activation_item: int  # one number of an activation
     vocabulary: int
     staged: bool  # whether reads pass through a staging buffer
+    least_slots: int = MIN_SLOTS  # of a layer; of experts, as many as one token chooses
+    expert_token: int = 0  # what one prompt token's chosen experts compute, before it is added up
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
         memory = min(whole.memory, int(AUTO_SHARE * available_memory()))
     if memory >= whole.memory:
         return replace(whole, memory=memory)
-    slots = sum(min(MIN_SLOTS, n) for n in sizes.units)
+    slots = sum(min(sizes.least_slots, n) for n in sizes.units)
     fixed = sizes.resident + sizes.objects + RUNTIME_BYTES + sizes.predictor + context * sizes.kv_token
     least = fixed + slots * sizes.slot
     least += sum(_reserves(sizes, context, 0).values())
@@ -132,7 +134,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
 def _reserves(sizes: Sizes, context: int, spare: int) -> dict[str, int]:
     """What work in progress may take when `spare` bytes are left above the least: it grows with the budget, and so
     slowly that the pools never shrink when the budget grows."""
-    block = min(MOST_BLOCK_BYTES, max(sizes.slot, LEAST_BLOCK_BYTES) + spare // 64)
+    block = max(sizes.slot, min(MOST_BLOCK_BYTES, max(sizes.slot, LEAST_BLOCK_BYTES) + spare // 64))
     return {
         "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // 16,
         "blocks": 2 * block,
@@ -177,7 +179,7 @@ def _prefill(sizes: Sizes, context: int, room: int) -> int:
 
 def _activations(sizes: Sizes, tokens: int, context: int) -> int:
     """Peak of a forward pass: a prompt chunk's, or the logits of one token."""
-    prompt = tokens * (sizes.activation_token + context * sizes.score_token)
+    prompt = tokens * (sizes.activation_token + sizes.expert_token + context * sizes.score_token)
     return prompt + 4 * sizes.vocabulary * sizes.activation_item
 
 
@@ -187,8 +189,8 @@ def _least_staging(sizes: Sizes) -> int:
 
 
 def _share(sizes: Sizes, slots: int) -> tuple[int, ...]:
-    """Split `slots` between layers in proportion to demand, no layer under MIN_SLOTS or over its units."""
-    capacities = [min(MIN_SLOTS, n) for n in sizes.units]
+    """Split `slots` between layers in proportion to demand, no layer under the least or over its units."""
+    capacities = [min(sizes.least_slots, n) for n in sizes.units]
     left = slots - sum(capacities)
     open_layers = list(range(len(capacities)))
     while left > 0 and open_layers:
