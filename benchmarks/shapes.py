@@ -333,7 +333,7 @@ def model_tensors(
     config: dict[str, Any], dtype: str, bits: int | None, rms: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every tensor of the model by parameter path: those outside the FFNs (quantised with `bits`), and the FFNs'."""
-    family, _ = family_of(config, "shape")
+    family, *_ = family_of(config, "shape")
     model = build_model(config, "shape")
     matrices = {name for name, module in model.named_modules() if hasattr(module, "to_quantized")}
     outside, inside = [], []

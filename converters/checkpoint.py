@@ -75,7 +75,7 @@ class Checkpoint:
                 arrays = cast(dict[str, mx.array], mx.load(str(file)))
             except RuntimeError as error:
                 raise CheckpointError(f"{file}: cannot be read ({error})") from None
-            stored |= arrays
+            stored |= {self._expected(name): array for name, array in arrays.items()}
             said |= {id(array): f"{file}: tensor {name!r}" for name, array in arrays.items()}
         model = copy.copy(self._unfit)
         try:
@@ -85,6 +85,12 @@ class Checkpoint:
         if self.quantization is not None:
             quantise(model, self.quantization, lazy, str(self.path))
         return model, lazy, {name: said[id(array)] for name, array in lazy.items() if id(array) in said}
+
+    def _expected(self, name: str) -> str:
+        for old, new in self.family.prefixes.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
 
     def _check_names(self) -> None:
         """Every parameter of the model is there in its shape, and nothing else that it would leave out."""

@@ -77,25 +77,17 @@ class FlashExperts(nn.Module):
         first = window.advance(len(x))
         seeds = min(SEED_TOKENS, len(x))
         window.touch(ids, _used(chosen.reshape(-1, k)[-seeds:], ids), first + len(x) - seeds)
-        absent = ids[window.slot_of[ids] < 0]
-        step = blocks.pair[0].capacity
-        runs = [absent[i : i + step] for i in range(0, len(absent), step)]
-        blocks.drain()
-        for i, units in enumerate(runs[:2]):
-            blocks.start(i, layer.reader, layer.source, units)
+        left_out = np.ones(layer.units, bool)
+        left_out[ids[window.slot_of[ids] < 0]] = False
+        blocks.start(layer, left_out, False)
         pieces = [_Piece(rows, x, chosen, k, window.slot_of)]
-        for i, units in enumerate(runs):
-            begin = time.perf_counter()
-            blocks.wait(i)
-            layer.times.flash += time.perf_counter() - begin
-            block: Any = blocks.pair[i % 2]
+        for passing, units in blocks.stream():
+            block: Any = passing
             slot_of = np.full(layer.units, -1)
             slot_of[units] = np.arange(len(units))
             pieces.append(_Piece(block, x, chosen, k, slot_of))
             block.settle()
             window.admit(units, block, np.arange(len(units)))
-            if i + 2 < len(runs):
-                blocks.start(i + 2, layer.reader, layer.source, runs[i + 2])
         return [p for p in pieces if len(p.pairs)]
 
 

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlxflash.backends import Backend
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
+from mlxflash.forecast import Forecast
 from mlxflash.plan import Plan
 from mlxflash.pool import Staging
 from mlxflash.reader import File, Reader
@@ -32,6 +33,7 @@ class FlashStats:
     flash_s: float  # waiting for reads
     manage_s: float  # window upkeep
     predict_s: float
+    forecast_tps: float | None  # tokens per second as foreseen; None: not where reads may come from the page cache
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,11 @@ class FlashModel(nn.Module):
 class Flash:
     """The streaming side of a model: its layers, reader and plan."""
 
-    def __init__(self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str):
+    def __init__(
+        self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str, forecast: Forecast | None = None
+    ):
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
+        self.forecast = forecast
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
         self.stagings: list[Staging] = []
@@ -88,7 +93,8 @@ class Flash:
     def describe(self) -> str:
         """The plan and what carries it out, for people."""
         direct = "direct" if self.files and self.files[0].direct else "buffered"
-        return f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+        said = f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+        return f"{said}\n{self.forecast.describe()}" if self.forecast else said
 
     @property
     def exact(self) -> bool:
@@ -120,6 +126,7 @@ class Flash:
             flash_s=now.times.flash - since.times.flash,
             manage_s=now.times.manage - since.times.manage,
             predict_s=now.times.predict - since.times.predict,
+            forecast_tps=1 / self.forecast.seconds if self.forecast else None,
         )
 
     def held_share(self) -> float:

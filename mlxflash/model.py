@@ -16,12 +16,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
-from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
-from mlxflash.diskprofile import disk_profile
+from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError, Manifest
+from mlxflash.diskprofile import DiskProfile, disk_profile
 from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
 from mlxflash.flash import Flash, FlashModel
+from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
+from mlxflash.misses import MissCurve
 from mlxflash.models import (
     Family,
     build_model,
@@ -37,7 +39,7 @@ from mlxflash.models import (
 )
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
-from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
+from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
 from mlxflash.window import Window
@@ -129,6 +131,7 @@ def load_bundle(
     plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
 
     disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
+    expected = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, look_ahead)
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     streamed = ffn_layers(model, family)
@@ -140,16 +143,17 @@ def load_bundle(
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
         reader = CheckedReader(reader, manifest.record, sums)
-    flash = Flash(bundle, plan, reader, backend, mode)
+    flash = Flash(bundle, plan, reader, backend, mode, expected)
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        staging, *others = flash.stagings = [Staging(plan.staging_bytes) for _ in range(3)]
+        gap = disk.gap_bytes() if disk else 0
+        staging, *others = flash.stagings = [Staging(plan.staging_bytes, gap) for _ in range(3)]
         blocks = None
         if not plan.whole:
             pair = [backend.rows(ffn, plan.block_units, other) for other in others]
-            gap = disk.gap_bytes() if disk else DEFAULT_GAP_BYTES
-            blocks = Blocks((pair[0], pair[1]), gap // manifest.record.stride)
+            apart = 0 if mixture else (gap if disk else DEFAULT_GAP_BYTES) // manifest.record.stride
+            blocks = Blocks((pair[0], pair[1]), apart)
         for i, (entry, owner) in enumerate(zip(manifest.layers, streamed, strict=True)):
             file = File(bundle.layer_path(i), direct)
             flash.files.append(file)
@@ -175,6 +179,10 @@ def load_bundle(
                 layer.window.hold(np.arange(plan.capacities[i]))
             flash.layers.append(layer)
             graft(owner, family.ffn, FlashExperts(layer) if mixture else FlashFFN(layer))
+        for here, there in pairwise(flash.layers):
+            here.after = there
+        if name == "all":  # the next token begins where this one ends
+            flash.layers[-1].after = flash.layers[0]
         if look_ahead and name in ("low-bit", "oracle"):
             _link(flash.layers, bundle, backend, ffn)
     except BaseException:
@@ -289,6 +297,52 @@ def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> N
         raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")
 
 
+def _forecast(
+    bundle: Bundle,
+    plan: Plan,
+    sizes: Sizes,
+    found: list[Tensor],
+    predictor: str,
+    backend: Backend,
+    disk: DiskProfile | None,
+    look_ahead: bool,
+) -> Forecast | None:
+    """Of a decoded token; None for experts, where misses were not measured, and where reads may be cached."""
+    manifest = bundle.manifest
+    if manifest.layout == "experts" or (not plan.whole and (disk is None or sizes.curves is None)):
+        return None
+    misses = (0.0,) * len(plan.units)
+    if not plan.whole and sizes.curves is not None:
+        misses = tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
+    kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
+    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8"}.get(predictor, kind)
+    head = any(t.name.startswith("lm_head.") for t in found)
+    idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
+    ahead = manifest.calibration.get("look-ahead") if look_ahead else None
+    recall = ahead["recall"] if ahead else 0.0
+    work = Work(
+        resident=sum(t.num_bytes for t in found if not any(name in t.name for name in idle)),
+        kind=kind,
+        predictor_kind=guessed,
+        slot=sizes.slot,
+        stride=sizes.stride,
+        kv=plan.kv // 2,  # of a context that fills
+        misses=misses,
+        recall=recall,
+        over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
+    )
+    return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32"}), disk)
+
+
+def _curves(manifest: Manifest, predictor: str) -> tuple[MissCurve, ...] | None:
+    """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
+    said = manifest.calibration.get(predictor if predictor in STORED else "low-bit", {}).get("misses")
+    if said is None or predictor == "all":
+        return None
+    shares = tuple(said["shares"])
+    return tuple(MissCurve(e.units, shares, tuple(c)) for e, c in zip(manifest.layers, said["layers"], strict=True))
+
+
 def _sizes(
     bundle: Bundle, config: dict[str, Any], found: list[Tensor], backend: Backend, ffn: FFN, predictor: str, own: int
 ) -> Sizes:
@@ -307,20 +361,18 @@ def _sizes(
     elif predictor == "oracle":
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
         predictor_bytes += sum(layer.units for layer in manifest.layers) * first
-    calibrated = manifest.calibration.get("demand")
     units = tuple(layer.units for layer in manifest.layers)
     experts: dict[str, int] = {}
     if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
         chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
         experts = {"least_slots": chosen, "expert_token": chosen * (4 * manifest.d_model + 3 * hidden) * item}
-    demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,
         objects=bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn)),
         predictor=predictor_bytes,
         units=units,
-        demand=demand,
+        curves=_curves(manifest, predictor),
         slot=backend.slot_bytes(ffn),
         stride=manifest.record.stride,
         kv_token=kv_values_per_token(config) * item,

@@ -45,6 +45,8 @@ class Family:
     activations: Mapping[str, str] = field(default_factory=lambda: WORDS)  # config.json's word -> ours
     keys: Mapping[str, str] = field(default_factory=dict)  # llama's name of a number -> config.json's
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where config.json is silent
+    prefixes: Mapping[str, str] = field(default_factory=dict)  # of stored names -> those that `sanitize` expects
+    kv_heads: Callable[[dict[str, Any]], Any] | None = None  # key-value heads, where config.json says it otherwise
     windowed: bool = False  # the class computes sliding-window attention, or the family has none
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what config.json may not say otherwise
     kv_values: Callable[[dict[str, Any]], int] | None = None  # that a token adds to a layer's cache, where not llama's
@@ -67,6 +69,7 @@ def mixture(
     return Family(mlx_lm(name), "experts", GATED, ffn, activations=activations, defaults=defaults, **other)
 
 
+WIDENED = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
 UNTIED = {"hidden_act": "silu", "tie_word_embeddings": False}
 FAMILIES = {
     "opt": Family(
@@ -86,6 +89,76 @@ FAMILIES = {
     "qwen2": Family(mlx_lm("qwen2"), "gated", GATED, defaults=UNTIED),
     "qwen3": Family(mlx_lm("qwen3"), "gated", GATED, defaults=UNTIED),
     "olmo2": Family(mlx_lm("olmo2"), "gated", GATED, defaults=UNTIED),
+    "gemma": Family(
+        mlx_lm("gemma"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation", "hidden_act"),
+        activations=WORDS | {"gelu": "gelu_tanh"},  # what its first configs meant, and transformers 4 computed
+        defaults={"hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma2": Family(
+        mlx_lm("gemma2"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation",),
+        defaults={"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+    ),
+    "gemma3_text": Family(
+        mlx_lm("gemma3_text"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation",),
+        keys={"sliding_window_pattern": "_sliding_window_pattern"},
+        defaults={"hidden_activation": "gelu_pytorch_tanh"},
+        windowed=True,
+    ),
+    "granite": Family(mlx_lm("granite"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "stablelm": Family(mlx_lm("stablelm"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "minicpm": Family("mlxflash.models.minicpm", "gated", GATED, defaults={"tie_word_embeddings": True}),
+    "falcon": Family(
+        "mlxflash.models.falcon",
+        "plain",
+        WIDENED,
+        activation_keys=("activation",),
+        keys={"hidden_size": "n_embed", "intermediate_size": "ffn_hidden_size"},
+        defaults={"activation": "gelu", "max_position_embeddings": 2048},
+        kv_heads=lambda c: (
+            c.get("num_kv_heads") if c.get("new_decoder_architecture") else 1 if c.get("multi_query", True) else None
+        ),
+    ),
+    "persimmon": Family(
+        "mlxflash.models.persimmon",
+        "plain",
+        WIDENED,
+        defaults={"hidden_act": "relu2", "max_position_embeddings": 16384},
+    ),
+    "nemotron": Family(mlx_lm("nemotron"), "plain", {"up": "up_proj", "down": "down_proj"}),
+    "phi": Family(
+        mlx_lm("phi"),
+        "plain",
+        {"up": "fc1", "down": "fc2"},
+        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "max_position_embeddings": 2048},
+    ),
+    "gpt2": Family(
+        mlx_lm("gpt2"),
+        "plain",
+        {"up": "c_fc", "down": "c_proj"},
+        activation_keys=("activation_function",),
+        keys={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+        defaults={"activation_function": "gelu_new", "n_ctx": 1024},
+        prefixes={"transformer.": ""},
+    ),
+    "gpt_neox": Family(
+        mlx_lm("gpt_neox"), "plain", WIDENED, defaults={"hidden_act": "gelu"}, prefixes={"lm_head.": "embed_out."}
+    ),
+    "starcoder2": Family(mlx_lm("starcoder2"), "plain", {"up": "c_fc", "down": "c_proj"}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
     "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp"),
@@ -119,8 +192,12 @@ def settings(config: Any, where: str) -> dict[str, Any]:
     family = FAMILIES[kind]
     full = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k not in family.defaults}}
     for ours, theirs in family.keys.items():
-        if theirs in full:
+        if full.get(theirs) is not None:
             full[ours] = full[theirs]
+    if full.get("intermediate_size") is None and isinstance(full.get("hidden_size"), int):
+        full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
+    said = family.kv_heads(full) if family.kv_heads is not None else full.get("num_key_value_heads")
+    full["num_key_value_heads"] = said or full.get("num_attention_heads")
     _spell_out_rope(full)
     _check_numbers(full, family, where)
     for key, value in family.fixed.items():
@@ -136,8 +213,11 @@ def settings(config: Any, where: str) -> dict[str, Any]:
 def _spell_out_rope(config: dict[str, Any]) -> None:
     """transformers 5 writes `rope_parameters` where mlx-lm's classes read `rope_theta` and `rope_scaling`."""
     said = config.get("rope_parameters")
-    if not isinstance(said, dict) or any(isinstance(v, dict) for v in said.values()):
+    if not isinstance(said, dict):
         return
+    if "full_attention" in said:  # Gemma 3: one for each kind of layer
+        config.setdefault("rope_local_base_freq", said.get("sliding_attention", {}).get("rope_theta", 10000.0))
+        said = said["full_attention"]
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in said:
             config.setdefault(key, said[key])
@@ -246,7 +326,7 @@ def quantization_of(config: dict[str, Any], where: str) -> dict[str, Any] | None
     for own in (whole, *(m for m in modules.values() if isinstance(m, dict))):
         for key in ("group_size", "bits"):
             if not isinstance(own.get(key), int) or isinstance(own.get(key), bool):
-                raise ValueError(f"{where}: config.json says that weights are quantised, but not as MLX does it")
+                raise ValueError(f"{where}: already quantised, config.json says, but not as MLX does it")
         if own.get("mode", "affine") not in MODES:
             raise ValueError(f"{where}: quantization mode {own['mode']!r} is not supported: {', '.join(MODES)} are")
     return whole | modules

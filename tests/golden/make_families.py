@@ -25,6 +25,16 @@ NUMBERS = {
     "max_position_embeddings": 128,
 }
 LLAMA = NUMBERS | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5000.0, "tie_word_embeddings": False}
+FALCON = {
+    "model_type": "falcon",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "layer_norm_epsilon": 1e-5,
+    "alibi": False,
+    "bias": False,
+}
 CASES = {
     "llama": LLAMA | {"model_type": "llama", "hidden_act": "silu"},
     "llama-relu": LLAMA | {"model_type": "llama", "hidden_act": "relu", "tie_word_embeddings": True},
@@ -60,8 +70,94 @@ CASES = {
         "attention_bias": True,
         "pad_token_id": 0,
     },
+    "gemma": LLAMA
+    | {"model_type": "gemma", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": LLAMA
+    | {
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 16,
+        "sliding_window": 100,
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": LLAMA
+    | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 16,
+        "sliding_window": 16,
+        "sliding_window_pattern": 3,
+        "rope_local_base_freq": 500.0,
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    },
+    "granite": LLAMA
+    | {
+        "model_type": "granite",
+        "hidden_act": "silu",
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "stablelm": LLAMA
+    | {
+        "model_type": "stablelm",
+        "hidden_act": "silu",
+        "use_qkv_bias": True,
+        "partial_rotary_factor": 0.5,
+        "layer_norm_eps": 1e-5,
+    },
+    "minicpm": LLAMA
+    | {
+        "model_type": "minicpm",
+        "hidden_act": "relu",
+        "scale_emb": 3,
+        "scale_depth": 1.2,
+        "dim_model_base": 48,
+        "tie_word_embeddings": True,
+    },
+    "falcon-7b": FALCON | {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False},
+    "falcon-40b": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": True},
+    "falcon-11b": FALCON
+    | {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+        "ffn_hidden_size": 96,
+        "rope_theta": 500.0,
+        "tie_word_embeddings": False,
+    },
+    "falcon-rw": FALCON
+    | {"num_attention_heads": 6, "hidden_size": 96, "multi_query": False, "parallel_attn": False}
+    | {"new_decoder_architecture": False, "alibi": True, "bias": True},
+    "falcon-relu": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "activation": "relu"},
+    "persimmon": NUMBERS
+    | {"model_type": "persimmon", "hidden_act": "relu2", "rope_theta": 2500.0, "partial_rotary_factor": 0.5}
+    | {"layer_norm_eps": 1e-5, "qk_layernorm": True},
+    "nemotron": LLAMA
+    | {"model_type": "nemotron", "hidden_act": "relu2", "partial_rotary_factor": 0.5, "norm_eps": 1e-5, "head_dim": 16},
+    "phi": NUMBERS
+    | {"model_type": "phi", "hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5}
+    | {"rope_theta": 5000.0, "qk_layernorm": False},
+    "gpt2": {"model_type": "gpt2", "activation_function": "gelu_new", "vocab_size": 96, "n_embd": 64, "n_head": 4}
+    | {"n_layer": 2, "n_positions": 128, "n_ctx": 128, "layer_norm_epsilon": 1e-5, "n_inner": None},
+    "gpt_neox": NUMBERS
+    | {"model_type": "gpt_neox", "hidden_act": "gelu", "intermediate_size": 256, "layer_norm_eps": 1e-5}
+    | {"rotary_emb_base": 5000, "rotary_pct": 0.25, "use_parallel_residual": True, "tie_word_embeddings": False},
+    "starcoder2": LLAMA
+    | {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": 100}
+    | {"tie_word_embeddings": True},
 }
-STAND_INS = {"sparsellama": "llama", "bamboo": "mistral"}  # whose own code lies beside their weights on the hub
+STAND_INS = {
+    "sparsellama": "llama",
+    "bamboo": "mistral",
+    "minicpm": "granite",
+}  # whose own code lies beside their weights on the hub
 
 
 def build(case, config):
@@ -74,8 +170,15 @@ def build(case, config):
     act = known.get("hidden_act")
     if act == "fatrelu":
         known["hidden_act"] = "relu"
+    if kind == "minicpm":  # Granite has the same multipliers, and scales attention freely
+        known |= {
+            "embedding_multiplier": config["scale_emb"],
+            "residual_multiplier": config["scale_depth"] / config["num_hidden_layers"] ** 0.5,
+            "attention_multiplier": (config["hidden_size"] // config["num_attention_heads"]) ** -0.5,
+            "logits_scaling": config["hidden_size"] / config["dim_model_base"],
+        }
     made = AutoConfig.for_model(STAND_INS.get(kind, kind), **known)
-    made._attn_implementation = "eager"
+    made._attn_implementation = "sdpa" if kind == "falcon" else "eager"  # its eager one adds ALiBi twice
     model = AutoModelForCausalLM.from_config(made).double().eval()
     if act == "fatrelu":  # arXiv 2402.13516, section 3.3
         for layer in model.model.layers:
