@@ -43,10 +43,9 @@ class FlashExperts(nn.Module):
 
     def _route(self, rows: ExpertRows, x: mx.array, chosen: np.ndarray, k: int) -> mx.array:
         window = self._layer.window
-        ids = np.unique(chosen)
         if self._layer.fixed:
             pieces = [_Piece(rows, x, chosen, k, window.slot_of)]
-        elif len(ids) <= window.capacity:
+        elif len(ids := np.unique(chosen)) <= window.capacity:
             pieces = self._bring(rows, x, chosen, ids, k)
         else:
             pieces = self._stream(rows, x, chosen, ids, k)

@@ -140,7 +140,8 @@ def _reserves(sizes: Sizes, context: int, spare: int) -> dict[str, int]:
     slowly that the pools never shrink when the budget grows."""
     block = max(sizes.slot, min(MOST_BLOCK_BYTES, max(sizes.slot, LEAST_BLOCK_BYTES) + spare // 64))
     return {
-        "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // 16,
+        # A chunk of a prompt reads every expert that any of its tokens chose: longer ones are worth more there.
+        "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // (8 if sizes.expert_token else 16),
         "blocks": 2 * block,
         "staging": 3 * (block + _least_staging(sizes)) if sizes.staged else 0,
         "cache": min(64 << 20, (1 << 20) + spare // 64),

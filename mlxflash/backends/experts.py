@@ -102,6 +102,14 @@ class NativeExperts(_Slots):
     def __init__(self, ffn: FFN, capacity: int, staging: Staging):
         super().__init__(ffn, capacity, host_memory(capacity * ffn.record.stride), staging)
         self._act = HOST_ACTIVATIONS[ffn.activation]
+        self._spans = {p.name: (p.offset or 0, (p.offset or 0) + p.num_bytes) for p in ffn.record.parts}
+        matrices = [p for p in ffn.record.parts if p.name in ("gate", "up", "down")]
+        self._rows = {p.name: (p.shape[0], p.num_bytes // p.shape[0]) for p in matrices}
+        self._call: dict[str, Any] = {}
+        self._kind = KINDS.get(matrices[0].dtype, "affine")
+        if ffn.bits:
+            scales = KINDS[ffn.record["up_scales"].dtype]
+            self._call = {"scale_dtype": scales, "group": ffn.group_size, "bits": ffn.bits}
 
     def settle(self, discard: bool = False) -> None:
         """Nothing is ever pending: kernels run when they are called."""
@@ -120,39 +128,21 @@ class NativeExperts(_Slots):
     def _multiply(self, x: np.ndarray, slot: int, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """x [tokens, columns] times a matrix of a slot's: float32 [tokens, rows]."""
         assert core is not None
-        part, columns = self._ffn.record[name], x.shape[1]
-        rows = part.shape[0]
+        rows, row_bytes = self._rows[name]
         out = np.empty((len(x), rows), np.float32) if out is None else out
-        bias = self._bias(slot, name)
+        words = self._bytes(slot, name)
+        more: dict[str, Any] = {}
         if self._ffn.bits:
-            core.matmul(
-                out, x, self._bytes(slot, name), "affine", len(x), rows, columns, part.num_bytes // rows,
-                scales=self._bytes(slot, f"{name}_scales"), biases=self._bytes(slot, f"{name}_biases"),
-                scale_dtype=KINDS[self._ffn.record[f"{name}_scales"].dtype], group=self._ffn.group_size,
-                bits=self._ffn.bits, bias=bias,
-            )  # fmt: skip
-        else:
-            words = self._bytes(slot, name)
-            core.matmul(
-                out, x, words, KINDS[part.dtype], len(x), rows, columns, part.num_bytes // rows, bias=bias
-            )  # fmt: skip
+            more = {"scales": self._bytes(slot, f"{name}_scales"), "biases": self._bytes(slot, f"{name}_biases")}
+        if f"{name}_bias" in self._spans:
+            more["bias"] = _floats(self._bytes(slot, f"{name}_bias"), self._ffn.record[f"{name}_bias"].dtype)
+        core.matmul(out, x, words, self._kind, len(x), rows, x.shape[1], row_bytes, **self._call, **more)
         return out
 
     def _bytes(self, slot: int, name: str) -> memoryview:
-        part = self._ffn.record[name]
-        assert part.offset is not None
-        begin = slot * self._ffn.record.stride + part.offset
-        return self._memory.memory[begin : begin + part.num_bytes]
-
-    def _bias(self, slot: int, name: str) -> np.ndarray | None:
-        name = f"{name}_bias"
-        if name not in self._ffn.record:
-            return None
-        part = self._ffn.record[name]
-        raw = np.frombuffer(self._bytes(slot, name), {4: np.float32, 2: np.uint16}[ITEM_BYTES[part.dtype]])
-        if part.dtype == "bfloat16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return (raw.view(np.float16) if part.dtype == "float16" else raw).astype(np.float32)
+        begin, end = self._spans[name]
+        base = slot * self._ffn.record.stride
+        return self._memory.memory[base + begin : base + end]
 
     def join(self, pieces: list[np.ndarray], pairs: list[np.ndarray]) -> mx.array:
         if len(pieces) == 1 and (np.diff(pairs[0]) == 1).all():
@@ -161,6 +151,13 @@ class NativeExperts(_Slots):
         for piece, where in zip(pieces, pairs, strict=True):
             out[where] = piece
         return mx.array(out)
+
+
+def _floats(raw: memoryview, dtype: str) -> np.ndarray:
+    """Stored numbers as float32."""
+    if dtype == "bfloat16":
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, dtype).astype(np.float32)
 
 
 # --- MLX ------------------------------------------------------------------------------------------------------
