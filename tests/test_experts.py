@@ -277,6 +277,67 @@ def test_failed_reads_leave_the_model_usable(zoo, tmp_path):
         assert_same(decode(model, tokens)[0], dense_logits(source, tokens))
 
 
+class Interrupted(BaseException):
+    """As a KeyboardInterrupt, which pytest would take for its own."""
+
+
+@pytest.mark.parametrize("budget", ["least", "part", "room"])
+@pytest.mark.parametrize("backend", EXPERTS)
+def test_interrupted_passes_leave_no_trace(zoo, backend, budget):
+    """Cut off between any two steps of a prompt's or a token's pass, the model computes the same afterwards."""
+    source, target = zoo("mixtral")
+    tokens, rng, interrupted = prompt(12, seed=10), np.random.default_rng(11), 0
+    with load(target, backend, budget, predictor=None) as model:
+
+        def interrupting(step):
+            def either(*call, **named):
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    raise Interrupted
+                return step(*call, **named)
+
+            return either
+
+        for layer in model.flash.layers:
+            for owner, name in (
+                (layer.window, "_land"), (layer.window, "_assign"), (layer.window, "_finish"), (layer.window, "admit"),
+                (layer.window._policy, "use"), (layer.rows, "land"), (layer.rows, "experts"), (layer.rows, "settle"),
+                (layer.rows, "join"), (layer.blocks, "start"), (layer.blocks, "_fill"),
+            ):  # fmt: skip
+                setattr(owner, name, interrupting(getattr(owner, name)))
+        for _ in range(12):
+            left = int(rng.integers(1, 90))
+            cache = make_prompt_cache(model)
+            try:
+                for part in (tokens, [5], [6], [7]):
+                    model(mx.array([part]), cache=cache)
+            except Interrupted:
+                interrupted += 1
+            left = 0
+            got = np.array(model(mx.array([tokens]), cache=make_prompt_cache(model))[0])
+            assert_same(got, dense_logits(source, tokens))
+        assert_same(decode(model, tokens)[0], dense_logits(source, tokens))
+        assert interrupted > 4
+
+
+def test_what_other_slots_hold_never_matters(zoo):
+    """Slots that no chosen expert is in are filled with NaN before every token."""
+    source, target = zoo("qwen3_moe")
+    tokens = prompt(10, seed=12)
+    for backend in EXPERTS:
+        with load(target, backend, "part", predictor=None) as model:
+            for layer in model.flash.layers:
+                raw = np.frombuffer(layer.rows._memory.memory, np.uint8).reshape(layer.window.capacity, -1)
+
+                def poisoned(x, tokens, slots, raw=raw, layer=layer, experts=layer.rows.experts):
+                    raw[np.setdiff1d(np.arange(layer.window.num_rows, len(raw)), slots)] = 0xFF
+                    return experts(x, tokens, slots)
+
+                layer.rows.experts = poisoned
+            assert_same(decode(model, tokens)[0], dense_logits(source, tokens))
+
+
 # --- bad input ------------------------------------------------------------------------------------------------
 
 
