@@ -16,6 +16,7 @@ import numpy as np
 from mlxflash.converters import dense
 from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
 from mlxflash.converters.experts import Experts
+from mlxflash.converters.tokenizer import highest_token
 
 from mlxflash.bundle import Bundle, BundleError, Layer, LayerWriter, Manifest, Part, Record, make_record, write_manifest
 from mlxflash.bundle import file_bytes as layer_file_bytes
@@ -55,6 +56,12 @@ def convert(
         raise ValueError(f"dtype {dtype!r} is unknown: {', '.join(DTYPES)} are there")
     if bits not in (None, 4, 8):
         raise ValueError(f"{bits} bits: 8 and 4 are there")
+    highest, vocabulary = highest_token(checkpoint.path), checkpoint.config["vocab_size"]
+    if highest is not None and highest >= vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.path}: its tokenizer's vocabulary has {highest + 1} tokens, the model's {vocabulary}; "
+            "one of them belongs to another model"
+        )
     if checkpoint.quantization is not None and (bits is not None or dtype != _dtype_of(checkpoint)):
         raise CheckpointError(f"{checkpoint.path}: already quantised; it is converted as it is, without -q and --dtype")
     layout = LAYOUTS.get(checkpoint.family.layout) or Experts(checkpoint, dtype, bits, group_size)

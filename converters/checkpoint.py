@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlxflash.converters.torch_zip import TorchFileError, as_safetensors, tensors
 from safetensors import SafetensorError, safe_open
 
 from mlxflash.models import build_model, family_of, ffn_layers, find, quantise, quantization_of
@@ -40,9 +41,7 @@ class Checkpoint:
         self.quantization = quantization_of(self.config, str(path))
         if self.quantization is not None and self.family.layout != "experts":
             raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
-        self.files = sorted(path.glob("*.safetensors"))
-        if not self.files:
-            raise CheckpointError(f"{path}: holds no safetensors files")
+        self.files = _files(path)
         self._check_files()
         self._unfit = build_model(self.config, str(path))  # its `sanitize` may change the model, and is called again
         self._model, self._lazy, self._origins = self._fit()
@@ -51,20 +50,18 @@ class Checkpoint:
         self.dtypes = {name: DTYPES[array.dtype] for name, array in self._lazy.items()}
 
     def _check_files(self) -> None:
-        """Every file is whole, and those that an index names are there."""
+        """Every file is whole, as far as its header tells."""
         for file in self.files:
             try:
-                with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
-                    pass
+                if file.suffix == ".bin":
+                    tensors(file)
+                else:
+                    with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
+                        pass
+            except TorchFileError as error:
+                raise CheckpointError(f"{file}: {error}") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
-        for index in self.path.glob("*.safetensors.index.json"):
-            try:
-                named = set(json.loads(index.read_bytes())["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise CheckpointError(f"{index}: not an index of safetensors files") from None
-            if missing := sorted(named - {file.name for file in self.files}):
-                raise CheckpointError(f"{self.path}: {missing[0]} is missing, though {index.name} names it")
 
     def _fit(self) -> tuple[Any, dict[str, mx.array], dict[str, str]]:
         """The model, its parameters as lazy arrays, and where those come from that `sanitize` did not compute."""
@@ -72,9 +69,13 @@ class Checkpoint:
         said: dict[int, str] = {}
         for file in self.files:
             try:
-                arrays = cast(dict[str, mx.array], mx.load(str(file)))
+                if file.suffix == ".bin":
+                    loaded = mx.load(cast(Any, as_safetensors(file)), format="safetensors")
+                else:
+                    loaded = mx.load(str(file))
             except RuntimeError as error:
                 raise CheckpointError(f"{file}: cannot be read ({error})") from None
+            arrays = cast(dict[str, mx.array], loaded)
             stored |= {self._expected(name): array for name, array in arrays.items()}
             said |= {id(array): f"{file}: tensor {name!r}" for name, array in arrays.items()}
         model = copy.copy(self._unfit)
@@ -168,3 +169,24 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         return sorted(self.shapes)
+
+
+def _files(path: Path) -> list[Path]:
+    """A checkpoint's weights: what its index names, else one file or all there are; safetensors before PyTorch's."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        for index in sorted(path.glob(f"{pattern}.index.json")):
+            try:
+                named = set(json.loads(index.read_bytes())["weight_map"].values())
+                files = sorted(path / Path(name).name for name in named)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise CheckpointError(f"{index}: not an index of a checkpoint's files") from None
+            if files and (missing := [file.name for file in files if not file.is_file()]):
+                raise CheckpointError(f"{path}: {missing[0]} is missing, though {index.name} names it")
+            if files:
+                return files
+        whole = path / ("model.safetensors" if "safetensors" in pattern else "pytorch_model.bin")
+        if whole.is_file():  # others may lie beside it, as Mistral's consolidated ones do
+            return [whole]
+        if files := sorted(path.glob(pattern)):
+            return files
+    raise CheckpointError(f"{path}: holds no weights, neither *.safetensors nor pytorch_model*.bin")

@@ -150,6 +150,8 @@ def _index(files: list[Path]) -> dict[str, _Stored]:
     """Every tensor of safetensors files whose structure has been checked."""
     found = {}
     for file in files:
+        if file.suffix != ".safetensors":  # PyTorch's: the model's class stacks what they hold
+            continue
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             header: dict[str, Any] = json.loads(f.read(length))

@@ -11,6 +11,7 @@ Modules import only from those below themselves:
     ffn                          which units, bring them, compute
     predictor, window            x to unit ids; ids to rows held
     backends                     where rows live and how the FFN is computed on them
+    catalog                      public models by short names, and what they will take
     models, plan, policy, pool   model families; budgets; who leaves memory first; host memory
     reader, bundle, _native      extents to bytes; what lies on disk; the optional native part
 

@@ -30,7 +30,7 @@ class FlashStats:
     hit_rate: float
     held_share: float  # of all FFN units, in memory at the end
     peak_rss_gb: float
-    flash_s: float  # waiting for reads
+    flash_s: float  # asking for reads and waiting for them
     manage_s: float  # window upkeep
     predict_s: float
     forecast_tps: float | None  # tokens per second as foreseen; None: not where reads may come from the page cache

@@ -37,7 +37,7 @@ from mlxflash.models import (
     quantization_of,
     settings,
 )
-from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
+from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source, Staging
 from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
@@ -46,7 +46,6 @@ from mlxflash.window import Window
 
 STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
 PREDICTORS = ("all", "oracle", *STORED)
-LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
 
@@ -75,7 +74,7 @@ def load_bundle(
     max_kv_size: tokens of key-value cache to plan for. margin: in standard errors of the low-bit estimate, in log-odds
     for low-rank. check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
-    for a disk and the bundle was calibrated for it).
+    for a disk, the bundle was calibrated for it, and the forecast with it is the shorter one).
     direct: bypass the page cache (None: when what streams is more than 0.7 of the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -121,6 +120,7 @@ def load_bundle(
     found = tensors(bundle)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
+    wanted = look_ahead
     if look_ahead is None:
         look_ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
     if look_ahead and predictor == "low-rank":
@@ -132,6 +132,10 @@ def load_bundle(
 
     disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
     expected = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, look_ahead)
+    if wanted is None and look_ahead and expected is not None:
+        without = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, False)
+        if without is not None and without.seconds < expected.seconds:
+            look_ahead, expected = False, without
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     streamed = ffn_layers(model, family)

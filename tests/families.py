@@ -6,12 +6,13 @@ that follow from the names. `golden/make_families.py` lists the cases and wrote 
 
 import functools
 import json
+import math
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from reference import write_safetensors
+from reference import dequantize, read_records, read_safetensors, write_safetensors
 
 FOLDER = Path(__file__).with_name("golden") / "families"
 CASES = sorted(file.stem for file in FOLDER.glob("*.npz"))
@@ -45,3 +46,62 @@ def write_case(path, case, dtype="float32"):
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(golden(case)["config"]))
     write_safetensors(path / "model.safetensors", weights_of(case), dtype)
+
+
+def dense_model(bundle):
+    """The family's class with the weights that a bundle stores, float32, and FFNs of three lines each."""
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlxflash.models import build_model, family_of
+
+    manifest, config = (json.loads((bundle / name).read_text()) for name in ("manifest.json", "config.json"))
+    bits = (manifest["quantization"] or {}).get("bits")
+    stored = {}
+    for file in sorted(bundle.glob("resident*.safetensors")):
+        stored |= read_safetensors(file)
+    weights = {}
+    for name, array in stored.items():
+        scales = name.removesuffix("weight") + "scales"
+        if name.endswith("weight") and scales in stored:
+            array = dequantize(array, stored[scales], stored[scales.removesuffix("scales") + "biases"], bits)
+        if not name.startswith("ffn.") and not name.endswith((".scales", ".biases")):
+            weights[name] = mx.array(array)
+
+    class Dense(nn.Module):
+        def __init__(self, index, layer):
+            super().__init__()
+            parts = read_records(bundle / layer["file"], layer["units"], manifest["record"])
+            self._parts = {}
+            for name in [name for name in ("gate", "up", "down") if name in parts]:
+                part = parts[name]
+                if bits:
+                    part = dequantize(part, parts[f"{name}_scales"], parts[f"{name}_biases"], bits)
+                self._parts[name] = mx.array(part), mx.array(stored.get(f"ffn.{index}.{name}_bias", np.float32(0)))
+
+        def __call__(self, x):
+            x = x.astype(mx.float32)
+            product = {name: x @ part.T + bias for name, (part, bias) in self._parts.items() if name != "down"}
+            h = ACTIVATIONS[manifest["activation"]](product.get("gate", product["up"]), manifest.get("threshold", 0))
+            if "gate" in product:
+                h = h * (mx.maximum(product["up"], 0) if manifest["activation"] == "drelu" else product["up"])
+            down, bias = self._parts["down"]
+            return h @ down + bias
+
+    ACTIVATIONS = {  # noqa: N806
+        "relu": lambda x, _: mx.maximum(x, 0),
+        "drelu": lambda x, _: mx.maximum(x, 0),
+        "relu2": lambda x, _: mx.maximum(x, 0) ** 2,
+        "fatrelu": lambda x, threshold: mx.where(x > threshold, x, 0),
+        "silu": lambda x, _: x / (1 + mx.exp(-x)),
+        "gelu": lambda x, _: x * 0.5 * (1 + mx.erf(x / math.sqrt(2))),
+        "gelu_tanh": lambda x, _: x * 0.5 * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    }
+    model = build_model(config, str(bundle))
+    family, *_ = family_of(config, str(bundle))
+    for index, (layer, said) in enumerate(zip(model.layers, manifest["layers"], strict=True)):
+        setattr(layer, family.ffn, Dense(index, said))
+    if hasattr(model, "sanitize"):
+        model.sanitize(dict(weights))
+    model.load_weights(list(weights.items()))
+    return model

@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> None:
     if args.exact and args.predictor not in (None, "all"):
         raise ValueError(f"--exact and --predictor {args.predictor} contradict each other")
     with Progress() as progress:
-        bundle = find_bundle(args.model, dtype=args.dtype, bits=args.bits, progress=progress, say=say)
+        bundle = find_bundle(
+            args.model, dtype=args.dtype, bits=args.bits, progress=progress, say=say, memory=args.memory
+        )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text")

@@ -159,6 +159,10 @@ FAMILIES = {
         mlx_lm("gpt_neox"), "plain", WIDENED, defaults={"hidden_act": "gelu"}, prefixes={"lm_head.": "embed_out."}
     ),
     "starcoder2": Family(mlx_lm("starcoder2"), "plain", {"up": "c_fc", "down": "c_proj"}),
+    "smollm3": Family(mlx_lm("smollm3"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "seed_oss": Family(mlx_lm("seed_oss"), "gated", GATED, defaults=UNTIED),
+    "cohere": Family(mlx_lm("cohere"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu"}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
     "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp"),

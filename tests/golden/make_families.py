@@ -149,6 +149,14 @@ CASES = {
     "gpt_neox": NUMBERS
     | {"model_type": "gpt_neox", "hidden_act": "gelu", "intermediate_size": 256, "layer_norm_eps": 1e-5}
     | {"rotary_emb_base": 5000, "rotary_pct": 0.25, "use_parallel_residual": True, "tie_word_embeddings": False},
+    "smollm3": LLAMA
+    | {"model_type": "smollm3", "hidden_act": "silu", "no_rope_layers": [1, 0], "no_rope_layer_interval": 2}
+    | {"pad_token_id": 0, "tie_word_embeddings": True},
+    "seed_oss": LLAMA | {"model_type": "seed_oss", "hidden_act": "silu", "head_dim": 16, "attention_bias": True},
+    "cohere": LLAMA
+    | {"model_type": "cohere", "hidden_act": "silu", "logit_scale": 0.5, "layer_norm_eps": 1e-5, "use_qk_norm": True}
+    | {"pad_token_id": 0, "tie_word_embeddings": True},
+    "ernie4_5": LLAMA | {"model_type": "ernie4_5", "hidden_act": "silu", "use_bias": True, "head_dim": 16},
     "starcoder2": LLAMA
     | {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": 100}
     | {"tie_word_embeddings": True},
