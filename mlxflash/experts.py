@@ -54,9 +54,11 @@ class FlashExperts(nn.Module):
     def _bring(self, rows: ExpertRows, x: mx.array, chosen: np.ndarray, ids: np.ndarray, k: int) -> list["_Piece"]:
         """Through the window, all at once; what is here is computed while the rest is on its way."""
         layer, window, clock = self._layer, self._layer.window, time.perf_counter
-        begin = clock()
+        begin, asking = clock(), layer.reader.submitting
         ticket = window.request(ids)
-        layer.times.manage += clock() - begin
+        asked = layer.reader.submitting - asking
+        layer.times.flash += asked
+        layer.times.manage += clock() - begin - asked
         pieces = []
         here = np.full(layer.units, -1)
         if rows.leaves_out_free:
