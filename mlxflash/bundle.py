@@ -195,6 +195,16 @@ class Bundle:
     def resident_bytes(self) -> int:
         return sum(f.stat().st_size for f in self.resident_files())
 
+    def require_sparse(self) -> None:
+        """Raises BundleError where units are never zero, so that predicting which are would be wrong."""
+        if self.manifest.layout == "experts":
+            raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; it is exact")
+        if not self.manifest.sparse:
+            raise BundleError(
+                f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "
+                "it runs exactly, by streaming (--exact)"
+            )
+
     def _check_layer(self, index: int) -> None:
         file, layer, record = self.layer_path(index), self.manifest.layers[index], self.manifest.record
         try:

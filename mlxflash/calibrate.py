@@ -66,7 +66,7 @@ def calibrate(
     At most `num_tokens` are used, in sequences no longer than the model's positions. Returns the bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
-    check_predictable(bundle)
+    bundle.require_sparse()
     if predictor not in bundle.predictors():
         raise BundleError(f"{bundle.path}: has no {predictor} predictor to calibrate; {STORED[predictor]}")
     if tokens is not None:
@@ -130,14 +130,6 @@ def calibrate(
         }
     write_manifest(bundle.path, replace(bundle.manifest, calibration=bundle.manifest.calibration | result))
     return Bundle.open(bundle.path)
-
-
-def check_predictable(bundle: Bundle) -> None:
-    """Raises ValueError where nothing is to be predicted."""
-    if bundle.manifest.layout == "experts":
-        raise ValueError(
-            f"{bundle.path}: a mixture's own router says which experts a token needs; it takes no predictor"
-        )
 
 
 def exact_inputs(

@@ -99,12 +99,10 @@ def load_bundle(
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
     if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
-    if mixture and (look_ahead or predictor not in (None, "all")):
-        raise ValueError(f"{where}: a mixture's own router says which experts a token needs; it takes no predictor")
-    if own is None and predictor not in (None, "all") and not manifest.sparse:
-        raise ValueError(
-            f"{where}: {manifest.activation} units are never zero, so none can be left out; use --exact (predictor all)"
-        )
+    if mixture and (look_ahead or own is not None):
+        raise ValueError(f"{where}: a mixture's own router says which experts a token needs; it is exact")
+    if own is None and predictor not in (None, "all"):
+        bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
     if own is not None:

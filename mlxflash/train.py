@@ -21,7 +21,7 @@ import numpy as np
 
 from mlxflash.backends import FFN, Backend, Matrix, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle
-from mlxflash.calibrate import Progress, calibrate, check_predictable, record_inputs
+from mlxflash.calibrate import Progress, calibrate, record_inputs
 from mlxflash.model import load_bundle
 from mlxflash.predictor import MARGIN, deciding_matrix, low_bit_matrix, save_arrays, save_low_rank
 from mlxflash.resident import one_part
@@ -62,10 +62,11 @@ def train(
 ) -> Bundle:
     """Train `low-rank` on `sequences` (int [n] tokens each; the last is kept to report on) and measure it.
 
-    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError
-    for a width that factors do not fit, too little text, too little disk, NaN activations (names the layer).
+    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError where
+    units are never zero, for a width that factors do not fit, too little text, too little disk, NaN activations
+    (names the layer).
     """
-    check_predictable(bundle)
+    bundle.require_sparse()
     if bundle.manifest.d_model % 32:
         raise ValueError(f"{bundle.path}: width {bundle.manifest.d_model} is not in groups of 32, as 8-bit factors are")
     if len(sequences) <= LEAST_SEQUENCES or min(map(len, sequences)) < 2:

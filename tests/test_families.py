@@ -26,6 +26,7 @@ from mlxflash.bundle import Bundle  # noqa: E402
 from mlxflash.calibrate import calibrate, record_inputs  # noqa: E402
 from mlxflash.decode import stream_generate  # noqa: E402
 from mlxflash.models import FAMILIES  # noqa: E402
+from mlxflash.train import train  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +168,11 @@ def test_a_bundle_whose_config_names_another_activation_is_refused(made, tmp_pat
 
 @pytest.mark.parametrize("predictor", ["oracle", "low-bit", "low-rank"])
 def test_what_is_never_zero_is_never_left_out(made, predictor):
-    with pytest.raises(ValueError, match="silu units are never zero, so none can be left out; use --exact"):
+    with pytest.raises(ValueError, match="silu units are never zero, so none can be left out; it runs exactly"):
         load(made("llama"), "native", "least", predictor)
+    for measure in (calibrate, train):
+        with pytest.raises(ValueError, match="silu units are never zero"):
+            measure(Bundle.open(made("llama")), [np.arange(40)] * 8)
     assert Bundle.open(made("llama")).predictors() == []
     assert Bundle.open(made("llama-relu")).predictors() == ["low-bit"]
 
