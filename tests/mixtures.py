@@ -5,6 +5,8 @@ Weights are scaled so that experts move the residual stream as much as attention
 """
 
 import json
+import zlib
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,20 +67,6 @@ CONFIGS = {
         "residual_multiplier": 0.7,
         "attention_bias": False,
     },
-    "phimoe": {
-        "num_local_experts": 16,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 96,
-        "rope_scaling": {
-            "type": "longrope",
-            "short_factor": [1.0] * 8,
-            "long_factor": [2.0] * 8,
-            "short_mscale": 1.0,
-            "long_mscale": 1.0,
-            "original_max_position_embeddings": 512,
-        },
-        "original_max_position_embeddings": 512,
-    },
     "gpt_oss": {
         "num_local_experts": 16,
         "num_experts_per_tok": 2,
@@ -86,9 +74,27 @@ CONFIGS = {
         "head_dim": 16,
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "attention_bias": True,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 256,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
     },
     "deepseek_v2": LATENT
-    | {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "mscale": 0.7}},
+    | {
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 2.0,
+            "original_max_position_embeddings": 256,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        }
+    },
     "deepseek_v3": LATENT | {"topk_method": "noaux_tc", "norm_topk_prob": True},
 }
 NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -98,14 +104,14 @@ def config_of(kind, **changes):
     return COMMON | {"model_type": kind} | CONFIGS[kind] | changes
 
 
-def make(kind, dtype="float32", quantized=None, seed=0, **changes):
+def make(kind, dtype="float32", quantized=None, **changes):
     """mlx-lm's model with random weights, and its config. `quantized`: settings as mlx-lm's config.json has them."""
     config = config_of(kind, **changes)
     model_class, args = _get_classes(config)
     model = model_class(args.from_dict(config))
-    rng = np.random.default_rng(seed)
     weights = []
     for name, array in tree_flatten(model.parameters()):
+        rng = np.random.default_rng(zlib.crc32(f"{kind}/{name}".encode()))
         scale = 2.5 / np.sqrt(array.shape[-1]) if array.ndim > 1 else 0.1
         values = rng.standard_normal(array.shape).astype(np.float32) * scale
         if name.endswith("norm.weight"):
@@ -148,10 +154,16 @@ def unstacked(kind, weights):
                 out[f"{block}input_linear.weight"] = mx.concatenate([array, up], axis=1)
             elif "down_proj" in name:
                 out[f"{block}output_linear.weight"] = array
+        elif "self_attn.embed_q" in name:  # mlx-lm absorbs these two into the queries and the output
+            values = weights[name.replace("embed_q", "unembed_out")]
+            both = mx.concatenate([array.swapaxes(-1, -2), values], axis=1)
+            out[name.replace("embed_q", "kv_b_proj")] = both.reshape(-1, both.shape[-1])
+        elif "self_attn.unembed_out" in name:
+            continue
         elif ".switch_mlp." in name:
             block, _, rest = name.partition("switch_mlp.")
             part, kind_of = rest.split(".")
-            part = second[part] if kind in ("mixtral", "phimoe") else part
+            part = second[part] if kind == "mixtral" else part
             for i in range(len(array)):
                 out[f"{block}experts.{i}.{part}.{kind_of}"] = mx.contiguous(array[i])
         else:
@@ -180,3 +192,25 @@ def logits_of(model, tokens):
     """Teacher-forced logits of one sequence, float32 [tokens, vocabulary]; no cache, one pass."""
     with mx.stream(mx.cpu):
         return np.array(model(mx.array([tokens]))[0].astype(mx.float32))
+
+
+def write_all(folder):
+    """Every family as transformers' checkpoints have it, for golden/make_mixtures.py."""
+    for kind in CONFIGS:
+        write(Path(folder) / kind, kind)
+    model, _ = make("gpt_oss")  # whose floats transformers interleaves; mlx-lm knows the quantised form of that only
+    weights = dict(tree_flatten(model.parameters()))
+    for name in sorted(n for n in weights if ".experts." in n and ".up_proj." not in n):
+        base, part, kind = name.rsplit(".", 2)
+        array = weights.pop(name)
+        if part == "gate_proj":
+            up = weights.pop(f"{base}.up_proj.{kind}")
+            both = mx.stack([array, up], axis=2).reshape(len(array), -1, *array.shape[2:])
+            key = f"{base}.gate_up_proj" + ("_bias" if kind == "bias" else "")
+            weights[key] = both if kind == "bias" else both.swapaxes(-1, -2)
+        elif part == "down_proj":
+            weights[f"{base}.down_proj" + ("_bias" if kind == "bias" else "")] = (
+                array if kind == "bias" else array.swapaxes(-1, -2)
+            )
+    weights = {k: mx.contiguous(v) for k, v in weights.items()}
+    mx.save_safetensors(str(Path(folder) / "gpt_oss" / "model.safetensors"), weights, metadata={"format": "pt"})

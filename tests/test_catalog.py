@@ -60,10 +60,10 @@ def test_the_arithmetic_is_the_loaders():
 def test_the_arithmetic_of_mixtures(tmp_path):
     """Of a tiny one, converted here."""
     pytest.importorskip("mlx.core")
-    import mixtures
-
-    from mlxflash.backends import make_backend
     from mlxflash.converters import convert
+
+    import mixtures
+    from mlxflash.backends import make_backend
     from mlxflash.model import load_bundle
 
     if make_backend().name != "cpu":

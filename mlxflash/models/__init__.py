@@ -166,19 +166,21 @@ FAMILIES = {
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
     "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp"),
-    "qwen2_moe": mixture("qwen2_moe"),
+    "qwen2_moe": mixture("qwen2_moe", fixed={"norm_topk_prob": False}),
     "qwen3_moe": mixture("qwen3_moe"),
-    "olmoe": mixture("olmoe"),
-    "phimoe": mixture("phimoe", "block_sparse_moe.switch_mlp"),
+    "olmoe": mixture("olmoe", fixed={"clip_qkv": None}),
     "granitemoe": mixture("granitemoe", "block_sparse_moe.switch_mlp", defaults={"hidden_act": "silu"}),
     "gpt_oss": mixture("gpt_oss", "mlp.experts", {"silu": "clamped"}, windowed=True, fixed={"swiglu_limit": 7.0}),
     "deepseek_v2": mixture(
         "deepseek_v2",
+        fixed={"norm_topk_prob": False, "scoring_func": "softmax"},
         kv_values=lambda c: (
             c["num_attention_heads"] * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
         ),
     ),
-    "deepseek_v3": mixture("deepseek_v3", kv_values=lambda c: c["kv_lora_rank"] + c["qk_rope_head_dim"]),
+    "deepseek_v3": mixture(
+        "deepseek_v3", fixed={"scoring_func": "sigmoid"}, kv_values=lambda c: c["kv_lora_rank"] + c["qk_rope_head_dim"]
+    ),
 }
 SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI"}  # what mlx-lm calls the activations between experts' matrices
 
