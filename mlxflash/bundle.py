@@ -33,6 +33,7 @@ MAGIC = b"MLXFLASH"
 HEADER_BYTES = 16384  # one Apple page: data starts where direct reads and Metal want it
 BLOCK_BYTES = 4096  # what direct I/O aligns to
 MAX_PADDING = 0.05  # above this share records are packed instead of padded to blocks
+LEVEL_FIGURES = ("multiplier", "kl", "kl_se", "ppl_change", "ppl_change_se", "top1", "flagged")
 MAX_JSON_BYTES = 64 << 20
 VERIFY_BYTES = 16 << 20  # of records in memory at a time
 
@@ -394,8 +395,15 @@ def _threshold(data: dict[str, Any], where: str) -> float:
 
 
 def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> None:
-    """What `calibrate` measured, as far as it is used: figures and miss curves of the stored predictors."""
+    """What `calibrate` measured, as far as it is used: figures, levels and miss curves of the stored predictors."""
     numbers = []
+    for predictor, said in _get(data, "fidelity", dict, where).items() if "fidelity" in data else ():
+        levels = _get(said, "levels", dict, f"{where}, fidelity of {predictor}")
+        for name in levels:
+            level = _get(levels, name, dict, where)
+            numbers += [level.get(key) for key in LEVEL_FIGURES]
+            _get(level, "met", bool, f"{where}, fidelity {name!r}")
+            _check_misses(level.get("misses"), num_layers, f"{where}, misses of {predictor}, {name}")
     for name in data.keys() & {"low-bit", "low-rank"}:
         figures = _get(data, name, dict, f"{where}, calibration")
         numbers += [figures.get(key) for key in ("recall", "perplexity_change", "margin")]

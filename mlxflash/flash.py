@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlxflash.backends import Backend
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
+from mlxflash.fidelity import Level
 from mlxflash.forecast import Forecast
 from mlxflash.plan import Plan
 from mlxflash.pool import Staging
@@ -78,10 +79,18 @@ class Flash:
     """The streaming side of a model: its layers, reader and plan."""
 
     def __init__(
-        self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str, forecast: Forecast | None = None
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        reader: Reader,
+        backend: Backend,
+        mode: str,
+        predictor: str,
+        level: Level | None = None,
+        forecast: Forecast | None = None,
     ):
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
-        self.forecast = forecast
+        self.predictor, self.level, self.forecast = predictor, level, forecast
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
         self.stagings: list[Staging] = []

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from mlxflash.bundle import Bundle
-from mlxflash.commands.terminal import Progress, say
+from mlxflash.commands.terminal import FIDELITIES, Progress, say
 from mlxflash.plan import format_bytes
 
 
@@ -33,7 +33,10 @@ def add(p: argparse.ArgumentParser) -> None:
         default=None,
         help="read for the next layer while this one computes (default: where reads wait for a disk)",
     )
-    p.add_argument("--exact", action="store_true", help="compute every unit: the same as --predictor all")
+    p.add_argument(
+        "--fidelity", default=None, choices=FIDELITIES, help="how many active units are not worth a read (high)"
+    )
+    p.add_argument("--exact", action="store_true", help="compute every unit: the same as --fidelity exact")
     p.add_argument("--device", default=None, help="metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
     p.add_argument("--dtype", default=None, help="when the model is converted first, as for convert")
@@ -48,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.exact and args.predictor not in (None, "all"):
         raise ValueError(f"--exact and --predictor {args.predictor} contradict each other")
+    if args.exact and args.fidelity not in (None, "exact"):
+        raise ValueError(f"--exact and --fidelity {args.fidelity} contradict each other")
     with Progress() as progress:
         bundle = find_bundle(
             args.model, dtype=args.dtype, bits=args.bits, progress=progress, say=say, memory=args.memory
@@ -81,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     model = load_bundle(
         bundle,
         memory=args.memory,
-        predictor="all" if args.exact else args.predictor,
+        predictor=args.predictor,
+        fidelity="exact" if args.exact else args.fidelity,
         window=args.window,
         device=args.device,
         max_kv_size=args.max_kv_size or min(positions, len(tokens) + args.max_tokens),

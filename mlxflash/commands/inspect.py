@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,24 @@ def describe(bundle: Bundle) -> str:
     for name, size in f["predictors"].items():
         said = m.calibration.get(name)
         lines.append(f"  predictor   {name}, {format_bytes(size)}: {_said(said)}")
+        lines += [f"  fidelity    {line}" for line in _levels(bundle, name)]
     return "\n".join(lines)
+
+
+def _levels(bundle: Bundle, predictor: str) -> list[str]:
+    """The fidelity report: a line per level of a predictor, as measured with nothing held from earlier tokens."""
+    found = bundle.manifest.calibration.get("fidelity", {}).get(predictor)
+    if not found:
+        return []
+    size = sum(layer.units for layer in bundle.manifest.layers) * bundle.manifest.record.num_bytes
+    lines = []
+    for name, level in found["levels"].items():
+        reached = "" if level["met"] else ", as near as the predictor comes"
+        lines.append(
+            f"{name}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
+            f"{format_bytes(level['flagged'] * size)} per token{reached}"
+        )
+    return lines
 
 
 def _said(said: dict[str, Any] | None) -> str:
