@@ -158,11 +158,11 @@ class Flash:
             if torn:
                 layer.blocks.reset()
                 layer.rows.settle(discard=True)
-                if layer.predictor is not None:
+                if not layer.fixed:
                     layer.window.reset()
             else:
                 layer.blocks.drain()
-                if layer.predictor is not None:
+                if not layer.fixed:
                     layer.window.clear()
         self.torn = False
 

@@ -48,6 +48,8 @@ class Sizes:
     activation_item: int  # one number of an activation
     vocabulary: int
     staged: bool  # whether reads pass through a staging buffer
+    least_slots: int = MIN_SLOTS  # of a layer; of experts, as many as one token chooses
+    expert_token: int = 0  # what one prompt token's chosen experts compute, before it is added up
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
         memory = min(whole.memory, int(AUTO_SHARE * available_memory()))
     if memory >= whole.memory:
         return replace(whole, memory=memory)
-    slots = sum(min(MIN_SLOTS, n) for n in sizes.units)
+    slots = sum(min(sizes.least_slots, n) for n in sizes.units)
     fixed = sizes.resident + sizes.objects + RUNTIME_BYTES + sizes.predictor + context * sizes.kv_token
     least = fixed + slots * sizes.slot
     least += sum(_reserves(sizes, context, 0).values())
@@ -115,7 +117,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
         )
     reserves = _reserves(sizes, context, memory - least)
     pools = memory - fixed - sum(reserves.values())
-    capacities = split_slots(sizes.units, sizes.curves, pools // sizes.slot)
+    capacities = split_slots(sizes.units, sizes.curves, pools // sizes.slot, sizes.least_slots)
     return Plan(
         memory=memory,
         resident=sizes.resident,
@@ -137,9 +139,10 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
 def _reserves(sizes: Sizes, context: int, spare: int) -> dict[str, int]:
     """What work in progress may take when `spare` bytes are left above the least: it grows with the budget, and so
     slowly that the pools never shrink when the budget grows."""
-    block = min(MOST_BLOCK_BYTES, max(sizes.slot, LEAST_BLOCK_BYTES) + spare // 64)
+    block = max(sizes.slot, min(MOST_BLOCK_BYTES, max(sizes.slot, LEAST_BLOCK_BYTES) + spare // 64))
     return {
-        "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // 16,
+        # A chunk of a prompt reads every expert that any of its tokens chose: longer ones are worth more there.
+        "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // (8 if sizes.expert_token else 16),
         "blocks": 2 * block,
         "staging": 3 * (block + _least_staging(sizes)) if sizes.staged else 0,
         "cache": min(64 << 20, (1 << 20) + spare // 64),
@@ -182,7 +185,7 @@ def _prefill(sizes: Sizes, context: int, room: int) -> int:
 
 def _activations(sizes: Sizes, tokens: int, context: int) -> int:
     """Peak of a forward pass: a prompt chunk's, or the logits of one token."""
-    prompt = tokens * (sizes.activation_token + context * sizes.score_token)
+    prompt = tokens * (sizes.activation_token + sizes.expert_token + context * sizes.score_token)
     return prompt + 4 * sizes.vocabulary * sizes.activation_item
 
 
@@ -191,12 +194,14 @@ def _least_staging(sizes: Sizes) -> int:
     return sizes.stride + (3 << 12)
 
 
-def split_slots(units: tuple[int, ...], curves: tuple[MissCurve, ...] | None, slots: int) -> tuple[int, ...]:
-    """`slots` shared out to layers of `units`: by miss curves where there are any, else evenly; MIN_SLOTS at least.
+def split_slots(
+    units: tuple[int, ...], curves: tuple[MissCurve, ...] | None, slots: int, least: int = MIN_SLOTS
+) -> tuple[int, ...]:
+    """`slots` shared out to layers of `units`: by miss curves where there are any, else evenly; to each the `least`.
 
     Slots go where each saves most misses, along the lower convex hull of every layer's curve.
     """
-    capacities = [min(MIN_SLOTS, n) for n in units]
+    capacities = [min(least, n) for n in units]
     left = slots - sum(capacities)
     steps = [(saved, layer, until) for layer, n in enumerate(units) for saved, until in _steps(curves, layer, n)]
     for _, group in groupby(sorted(steps, key=itemgetter(0), reverse=True), key=itemgetter(0)):
@@ -205,6 +210,10 @@ def split_slots(units: tuple[int, ...], curves: tuple[MissCurve, ...] | None, sl
         for layer, count in wanted.items():
             capacities[layer] += int(share * count)
         left = slots - sum(capacities)
+    for layer, n in enumerate(units):  # what rounding left: of experts a slot is much
+        if left > 0 and capacities[layer] < n:
+            capacities[layer] += 1
+            left -= 1
     return tuple(capacities)
 
 

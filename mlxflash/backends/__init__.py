@@ -32,11 +32,16 @@ class FFN:
     bits: int = 0  # 0: parts are float rows, else words, scales and biases in groups along d_model
     group_size: int = 0
     threshold: float = 0.0
+    mode: str = "affine"  # of quantisation
 
     @classmethod
     def of(cls, manifest: Manifest, where: str = "manifest.json") -> "FFN":
         """Raises BundleError when the record's parts are not what the layout computes with."""
-        q = manifest.quantization or {"bits": 0, "group_size": 0}
+        if manifest.layout == "experts":
+            return cls._of_experts(manifest, where)
+        q = manifest.quantization or {"bits": 0, "group_size": 0, "mode": "affine"}
+        if q["mode"] != "affine":
+            raise BundleError(f"{where}: {manifest.layout} units of mode {q['mode']!r} are unknown; convert again")
         ffn = cls(
             manifest.layout,
             manifest.activation,
@@ -75,6 +80,37 @@ class FFN:
             parts[name] = "uint32", (self.d_model * self.bits // 32,)
             parts[f"{name}_scales"] = parts[f"{name}_biases"] = scale, groups
         return parts
+
+    @classmethod
+    def _of_experts(cls, manifest: Manifest, where: str) -> "FFN":
+        """An expert's parts are whole matrices as MLX has them: gate and up [hidden, d_model], down [d_model, hidden];
+        of all of them the bias or of none."""
+        q = manifest.quantization or {"bits": 0, "group_size": 0, "mode": "affine"}
+        bits, group, record, d = q["bits"], q["group_size"], manifest.record, manifest.d_model
+        if bits and (
+            (q["mode"] == "affine" and (bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128)))
+            or (q["mode"] == "mxfp4" and (bits, group) != (4, 32))
+        ):
+            raise BundleError(f"{where}: {bits} bits in groups of {group} make no sense; convert again")
+        parts = {p.name: (p.dtype, p.shape) for p in record.parts if p.offset is not None}
+        hidden = next((p.shape[0] for p in record.parts if p.name == "up" and len(p.shape) == 2), 0)
+        scales = parts.get("up_scales", ("",))[0]
+        known = scales == "uint8" if q["mode"] == "mxfp4" else scales in ("float32", "float16", "bfloat16")
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, rows, columns in (("gate", hidden, d), ("up", hidden, d), ("down", d, hidden)):
+            if bits:
+                wanted[name] = "uint32", (rows, columns * bits // 32)
+                wanted[f"{name}_scales"] = scales, (rows, columns // group)
+                if q["mode"] == "affine":
+                    wanted[f"{name}_biases"] = scales, (rows, columns // group)
+            else:
+                wanted[name] = manifest.dtype, (rows, columns)
+            if "up_bias" in parts:
+                wanted[f"{name}_bias"] = manifest.dtype, (rows,)
+        whole = not bits or (known and d % group == hidden % group == 0)
+        if parts != wanted or len(parts) != len(record.parts) or not whole:
+            raise BundleError(f"{where}: these are not the parts of experts of width {d}; convert again")
+        return cls("experts", manifest.activation, record, d, bits, group, mode=q["mode"])
 
     @property
     def first(self) -> str:
