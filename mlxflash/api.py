@@ -16,6 +16,7 @@ def load(
     path_or_hf_repo: str | Path = "story",
     *,
     memory: str | int | None = None,
+    host_memory: str | int | None = None,
     predictor: str | None = None,
     window: int | None = None,
     device: str | None = None,
@@ -32,7 +33,14 @@ def load(
     bundle = find_bundle(path_or_hf_repo, dtype=dtype, bits=bits)
     tokenizer = load_tokenizer(bundle)
     model = load_bundle(
-        bundle, memory=memory, predictor=predictor, window=window, device=device, max_kv_size=max_kv_size, **options
+        bundle,
+        memory=memory,
+        host_memory=host_memory,
+        predictor=predictor,
+        window=window,
+        device=device,
+        max_kv_size=max_kv_size,
+        **options,
     )
     return model, tokenizer
 

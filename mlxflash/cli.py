@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices about prompts are not for our users
     try:
-        if getattr(args, "device", None) in ("cpu", "mlx-cpu"):
+        if getattr(args, "device", None) in ("cpu", "mlx-cpu", "discrete"):
             import mlx.core as mx
 
             mx.set_default_device(mx.cpu)  # what no backend replaces would run on a Mac's GPU otherwise

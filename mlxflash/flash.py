@@ -10,11 +10,10 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlxflash.backends import Backend
+from mlxflash.backends import Backend, Traffic
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
 from mlxflash.plan import Plan
-from mlxflash.pool import Staging
 from mlxflash.reader import File, Reader
 
 
@@ -32,6 +31,10 @@ class FlashStats:
     flash_s: float  # waiting for reads
     manage_s: float  # window upkeep
     predict_s: float
+    transfer_s: float  # host to device, where they have memory of their own
+    transfer_bytes: float  # the same per token
+    tier_hit_rate: float  # of the units that went to the device, from the host's memory
+    pool_copies: int  # updates of rows that copied a whole pool: a bug, or a computation that was not finished
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Snapshot:
     misses: int
     decoded: int
     times: Times
+    traffic: Traffic
 
 
 class FlashModel(nn.Module):
@@ -79,7 +83,7 @@ class Flash:
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
-        self.stagings: list[Staging] = []
+        self.stagings: list[Any] = []  # where units land on their way; each has `reset`
         self.times = Times()
         self.torn = False  # a pass was begun and did not end: an interrupt or a failed read cut it off
         self.closed = False
@@ -102,6 +106,7 @@ class Flash:
             misses=sum(layer.window.num_misses for layer in self.layers),
             decoded=self.layers[0].num_decoded,
             times=replace(self.times),
+            traffic=replace(self.backend.traffic),
         )
 
     def stats(self, since: Snapshot, tokens: int) -> FlashStats:
@@ -109,6 +114,9 @@ class Flash:
         now = self.snapshot()
         flagged = now.hits - since.hits + now.misses - since.misses
         per = max(tokens, 1)
+        sent, before = now.traffic, since.traffic
+        hits = sent.tier_hits - before.tier_hits
+        transfer_s = sent.seconds - before.seconds
         return FlashStats(
             mode=self.mode,
             decoded=tokens,
@@ -117,9 +125,13 @@ class Flash:
             hit_rate=(now.hits - since.hits) / flagged if flagged else self.held_share(),
             held_share=self.held_share(),
             peak_rss_gb=peak_rss_bytes() / 1e9,
-            flash_s=now.times.flash - since.times.flash,
+            flash_s=max(0.0, now.times.flash - since.times.flash - transfer_s),
             manage_s=now.times.manage - since.times.manage,
             predict_s=now.times.predict - since.times.predict,
+            transfer_s=transfer_s,
+            transfer_bytes=(sent.bytes - before.bytes) / per,
+            tier_hit_rate=hits / max(1, hits + sent.tier_misses - before.tier_misses),
+            pool_copies=sent.pool_copies - before.pool_copies,
         )
 
     def held_share(self) -> float:
@@ -134,7 +146,7 @@ class Flash:
         if torn:
             self.reader.restart()
             for staging in self.stagings:
-                staging.user = None
+                staging.reset()
         else:
             self.reader.drain()
         for layer in self.layers:

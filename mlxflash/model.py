@@ -23,7 +23,7 @@ from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
-from mlxflash.pool import Source, Staging
+from mlxflash.pool import Source
 from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import Tensor, ffn_parts, tensors
@@ -40,6 +40,7 @@ def load_bundle(
     path: str | Path,
     *,
     memory: str | int | None = None,
+    host_memory: str | int | None = None,
     predictor: str | Sequence[Predictor] | None = None,
     window: int | None = None,
     device: str | None = None,
@@ -54,9 +55,11 @@ def load_bundle(
     """The model of a bundle, ready to compute.
 
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
-    hold it whole, within what is available). predictor: "low-bit" (default), "low-rank" (trained), "all" (exact),
-    "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one per layer. window: drop
-    units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted).
+    hold it whole, within what is available); the device's own memory on cuda. host_memory: what of the host's memory
+    keeps units on their way from flash to such a device (None: nothing). predictor: "low-bit" (default), "low-rank"
+    (trained), "all" (exact), "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one
+    per layer. window: drop units that the last `window` tokens did not use (the paper's rule; None keeps them until
+    their memory is wanted).
     max_kv_size: tokens of key-value cache to plan for. margin: in standard errors of the low-bit estimate, in log-odds
     for low-rank. check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
@@ -103,7 +106,8 @@ def load_bundle(
     if look_ahead:
         own_bytes += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead"))
     sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes)
-    plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
+    tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
+    plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
 
     disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
     mx.set_cache_limit(plan.cache)
@@ -118,7 +122,7 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        staging, *others = flash.stagings = [Staging(plan.staging_bytes) for _ in range(3)]
+        staging, *others = flash.stagings = backend.landings(ffn, plan)
         blocks = None
         if not plan.whole:
             pair = [backend.rows(ffn, plan.block_units, other) for other in others]
@@ -286,4 +290,5 @@ def _sizes(
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
         staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+        discrete=backend.discrete,
     )

@@ -214,12 +214,19 @@ def _native():
     return CPUBackend()
 
 
+def _discrete():
+    from mlxflash.backends import make_backend
+
+    return make_backend("discrete")
+
+
 BACKENDS = {
     "native": _native,
     "parts-alias": lambda: _mlx(False, True),
     "parts-copy": lambda: _mlx(False, False),
     "records-alias": lambda: _mlx(True, True),
     "records-copy": lambda: _mlx(True, False),
+    "discrete": _discrete,
 }
 
 

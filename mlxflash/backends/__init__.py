@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash.bundle import BundleError, Manifest, Record
+from mlxflash.plan import Plan
 from mlxflash.pool import Landing, Source, Staging
 from mlxflash.reader import Reader
 from mlxflash.resident import Tensor
@@ -63,6 +64,19 @@ class FFN:
         return "gate" if self.layout == "gated" else "up"
 
 
+@dataclass
+class Traffic:
+    """What went to a discrete device, and what that took; all zero elsewhere."""
+
+    updates: int = 0
+    bytes: int = 0
+    seconds: float = 0.0  # in which the host asked for it, or waited for it where the backend's `waits` is set
+    pool_copies: int = 0  # updates that copied a whole pool
+    syncs: int = 0  # times that the host waited for the device
+    tier_hits: int = 0  # units that came from the host tier
+    tier_misses: int = 0
+
+
 class Rows(Protocol):
     """Slots for units of one layer and the FFN on them. The window's view of it is `window.Rows`."""
 
@@ -93,10 +107,20 @@ class Backend(Protocol):
     """One device."""
 
     name: str
+    discrete: bool  # whether the host and the device have memory of their own
+    traffic: Traffic
+    peak_bytes: int  # of MLX's memory, before the last time that the backend reset it
+
+    def available_memory(self) -> int | None:
+        """Bytes of its own memory that a discrete device has free; None where it uses the host's or cannot say."""
+
+    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
+        """Where units land on their way to a window's rows, and to each of a stream's two blocks: what `rows` wants as
+        its third argument."""
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype: ...
 
-    def rows(self, ffn: FFN, capacity: int, staging: Staging) -> Rows: ...
+    def rows(self, ffn: FFN, capacity: int, staging: Any) -> Rows: ...
 
     def slot_bytes(self, ffn: FFN) -> int:
         """Memory that one slot of `rows` takes."""
@@ -143,8 +167,14 @@ class Matrix:
         return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
 
 
+def stagings(plan: Plan) -> list[Staging]:
+    """`Backend.landings` where the device uses the host's memory."""
+    return [Staging(plan.staging_bytes) for _ in range(3)]
+
+
 def make_backend(device: str | None = None) -> Backend:
-    """The backend for `device`: "metal", "cpu" or "mlx-cpu" (MLX's own CPU operations); None picks the best here."""
+    """The backend for `device`: "cuda", "metal", "cpu", or for checks "mlx-cpu" (MLX's own CPU operations) and
+    "discrete" (the same, as if the host did not share its memory); None picks the best here."""
     from mlxflash._native import core
     from mlxflash.backends.metal import MLXBackend
 
@@ -161,4 +191,8 @@ def make_backend(device: str | None = None) -> Backend:
         return CPUBackend()
     if device in ("cpu", "mlx-cpu"):
         return MLXBackend(mx.cpu)
-    raise ValueError(f"unknown device {device!r}: metal, cpu and mlx-cpu are there")
+    if device == "discrete":
+        from mlxflash.backends.cuda import DeviceBackend
+
+        return DeviceBackend(mx.cpu)
+    raise ValueError(f"unknown device {device!r}: cuda, metal, cpu, mlx-cpu and discrete are there")

@@ -13,8 +13,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash._native import core
-from mlxflash.backends import FFN, Matrix
+from mlxflash.backends import FFN, Matrix, Traffic, stagings
 from mlxflash.bundle import Manifest
+from mlxflash.plan import Plan
 from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
 from mlxflash.resident import MLX, HostArray, Tensor, read_host
@@ -27,6 +28,17 @@ class CPUBackend:
     """Native kernels; made only where the native module is there."""
 
     name = "cpu"
+    discrete = False
+    peak_bytes = 0
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    def available_memory(self) -> int | None:
+        return None
+
+    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
+        return stagings(plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         return mx.float32

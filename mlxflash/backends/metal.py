@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflash.backends import FFN, Matrix
+from mlxflash.backends import FFN, Matrix, Traffic, stagings
 from mlxflash.bundle import ITEM_BYTES, Manifest
+from mlxflash.plan import Plan
 from mlxflash.pool import Landing, PartRows, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
 from mlxflash.resident import Tensor, read_mlx
@@ -67,11 +68,21 @@ class MLXBackend:
     part row-contiguous.
     """
 
+    discrete = False
+
     def __init__(self, device: Any, record_rows: bool | None = None, alias: bool | None = None):
+        self.traffic = Traffic()
+        self.peak_bytes = 0
         self.name = "metal" if device == mx.gpu else "mlx-cpu"
         self._device = device
         self._record_rows = device == mx.gpu if record_rows is None else record_rows
         self._alias = views_alias(device) if alias is None else alias
+
+    def available_memory(self) -> int | None:
+        return None
+
+    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
+        return stagings(plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         """The weights' dtype; on the CPU float32 beside quantised weights, whose half-precision kernels crawl."""
@@ -79,7 +90,7 @@ class MLXBackend:
             return mx.float32
         return DTYPES[manifest.dtype]
 
-    def rows(self, ffn: FFN, capacity: int, staging: Staging) -> "MLXRows":
+    def rows(self, ffn: FFN, capacity: int, staging: Any) -> "MLXRows":
         return MLXRows(ffn, capacity, staging, self._record_rows and not ffn.bits, self._alias)
 
     def slot_bytes(self, ffn: FFN) -> int:

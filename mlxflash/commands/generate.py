@@ -23,6 +23,9 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
     p.add_argument("--max-kv-size", type=int, default=None, help="tokens the key-value cache holds before it rotates")
     p.add_argument("--memory", default=None, help="budget for all but the interpreter: 2GB, or 60%% of the model")
+    p.add_argument(
+        "--host-memory", default=None, help="on cuda: memory of the host that keeps units on their way (none)"
+    )
     p.add_argument("--window", type=int, default=None, help="drop units that the last K tokens did not use")
     p.add_argument(
         "--predictor", default=None, choices=["low-bit", "low-rank", "oracle", "all"], help="which units a token needs"
@@ -34,7 +37,7 @@ def add(p: argparse.ArgumentParser) -> None:
         help="read for the next layer while this one computes (default: where reads wait for a disk)",
     )
     p.add_argument("--exact", action="store_true", help="compute every unit: the same as --predictor all")
-    p.add_argument("--device", default=None, help="metal, cpu or mlx-cpu (the best here)")
+    p.add_argument("--device", default=None, help="cuda, metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
     p.add_argument("--dtype", default=None, help="when the model is converted first, as for convert")
     p.add_argument("-q", dest="bits", type=int, default=None, help="when the model is converted first, as for convert")
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_bundle(
         bundle,
         memory=args.memory,
+        host_memory=args.host_memory,
         predictor="all" if args.exact else args.predictor,
         window=args.window,
         device=args.device,
@@ -129,6 +133,12 @@ def _tokens(tokenizer: Any, prompt: str, args: argparse.Namespace) -> list[int]:
 def footer(response: Any) -> str:
     """What a run says of itself on stderr, after the text."""
     flash = response.flash
+    sent = ""
+    if flash.transfer_bytes:
+        sent = (
+            f"\nDevice: {format_bytes(flash.transfer_bytes)} sent per token, {flash.tier_hit_rate:.1%} of its units"
+            f" from the host tier, {flash.pool_copies} whole-pool copies"
+        )
     return (
         f"Mode: {flash.mode}\n"
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens-per-sec, "
@@ -136,7 +146,7 @@ def footer(response: Any) -> str:
         f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens-per-sec\n"
         f"Peak memory: {response.peak_memory:.3f} GB MLX, {flash.peak_rss_gb:.3f} GB process\n"
         f"Flash: {format_bytes(flash.bytes_per_token)} and {flash.reads_per_token:.0f} reads per token, "
-        f"hit rate {flash.hit_rate:.1%}, {flash.held_share:.1%} of the feed-forward units held"
+        f"hit rate {flash.hit_rate:.1%}, {flash.held_share:.1%} of the feed-forward units held" + sent
     )
 
 
@@ -156,4 +166,7 @@ def _as_json(text: str, response: Any) -> dict[str, Any]:
         "reads_per_token": flash.reads_per_token,
         "hit_rate": flash.hit_rate,
         "held_share": flash.held_share,
+        "transfer_bytes_per_token": flash.transfer_bytes,
+        "tier_hit_rate": flash.tier_hit_rate,
+        "pool_copies": flash.pool_copies,
     }
