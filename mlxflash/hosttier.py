@@ -93,7 +93,11 @@ class HostTier:
         visit = Visit(self, source, units[missing[: len(stay)]], stay, kept, slots, self._head, owner, len(here))
         self._visits.append(visit)
         if len(missing):
-            visit.landing = self.rows.land(reader, source.file, units[missing], slots[missing])
+            try:
+                visit.landing = self.rows.land(reader, source.file, units[missing], slots[missing])
+            except OSError:
+                visit.leave(lambda: None, on_device=False)
+                raise
         return visit
 
     def given_up(self, source: Source, units: np.ndarray) -> None:

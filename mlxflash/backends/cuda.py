@@ -43,6 +43,7 @@ class DeviceBackend(MLXBackend):
         self.name = "cuda" if device == mx.gpu else "discrete"
         self.waits = False  # for benchmarks: wait for every update, so that its time is its own
         self._upload = upload or plain_upload
+        self._asked: list[mx.array] = []  # products under way
 
     def available_memory(self) -> int | None:
         if self._device == mx.cpu:
@@ -66,11 +67,19 @@ class DeviceBackend(MLXBackend):
         return 0
 
     def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
-        product = super().project(x, *weights)
+        """As every backend's; what was asked for before the first answer is wanted is waited for together."""
+        for weight in weights:
+            x = self.multiply(x, weight)
+        y = x.astype(mx.float32)
+        mx.async_eval(y)
+        self._asked.append(y)
 
         def wait() -> np.ndarray:
-            self.traffic.syncs += 1
-            return product()
+            if self._asked:
+                asked, self._asked = self._asked, []
+                self.traffic.syncs += 1
+                mx.eval(asked)
+            return np.asarray(y)
 
         return wait
 
@@ -110,6 +119,7 @@ class DeviceRows(MLXRows):
         self._updated = -1  # the same of the last update
         self._columns: dict[str, slice] = {}
         self._pools: dict[str, mx.array] = {}
+        self._arrived: list[Arrival] = []  # on the host, not yet here
         self._unit_at = np.full(capacity, -1, np.int64)
         record = ffn.record
         for p in record.parts:
@@ -126,9 +136,16 @@ class DeviceRows(MLXRows):
         self._least = min(self._pools[p.name].nbytes for p in record.parts if p.offset is not None)
 
     def land(self, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray) -> Landing:
+        self._flush()  # a stream that failed may have left some
         return DeviceLanding(self, reader, source, units, slots)
 
     def settle(self, discard: bool = False) -> None:
+        if discard:
+            self._arrived.clear()
+        self._flush()
+        self._finish_readers(discard)
+
+    def _finish_readers(self, discard: bool = False) -> None:
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -141,6 +158,7 @@ class DeviceRows(MLXRows):
     def ffn(
         self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
     ) -> tuple[mx.array, np.ndarray | None]:
+        self._flush()
         result = super().ffn(x, n, keep, watch)
         self._stamp = self._backend.traffic.syncs
         return result
@@ -158,6 +176,8 @@ class DeviceRows(MLXRows):
 
     def _copy(self, slots: np.ndarray, other: "DeviceRows", sources: np.ndarray) -> None:
         """One gather and one scatter per part; the gather ends first, or its pool would have two owners."""
+        self._flush()
+        other._flush()
         at, chosen = _indices(slots), _indices(sources)
         rows = {name: pool[chosen] for name, pool in other._pools.items()}
         mx.eval(rows)
@@ -166,30 +186,37 @@ class DeviceRows(MLXRows):
         self._unit_at[slots] = other._unit_at[sources]
         self._update(at, rows)
 
-    def _bring(self, source: Source, visit: Visit, units: np.ndarray, slots: np.ndarray) -> None:
-        """Put what a visit brought to the host into `slots`."""
-        self.settle()  # a stream's block was read until a moment ago
+    def _flush(self) -> None:
+        """Put all that arrived on the host into its slots: one upload, one update per part."""
+        if not self._arrived:
+            return
+        self._finish_readers()  # of a stream's block, which nobody settles
         begin = time.perf_counter()
-        record, traffic, tier = self._ffn.record, self._backend.traffic, self._door.tier
-        old = self._unit_at[slots]
-        if self._door.keep == "worth":
-            tier.given_up(source, old[old >= 0])
-        self._unit_at[slots] = units
-        records = self._backend._upload(tier.rows.memory, visit.slots, record.stride, self._word)
+        record, backend, tier = self._ffn.record, self._backend, self._door.tier
+        arrived, self._arrived = self._arrived, []
+        slots = np.concatenate([a.slots for a in arrived])
+        sources = np.concatenate([a.visit.slots for a in arrived])
+        records = backend._upload(tier.rows.memory, sources, record.stride, self._word)
         new: dict[str, mx.array] = {}
         for p in record.parts:
             if p.offset is None:
-                new[p.name] = mx.array(source.resident[p.name][units])
+                values = [a.source.resident[p.name][a.units] for a in arrived]
+                new[p.name] = mx.array(np.concatenate(values))
             else:
                 part = records[:, p.offset // self._word : (p.offset + p.num_bytes) // self._word]
                 new[p.name] = part.view(DTYPES[p.dtype])
         self._update(_indices(slots), new, records)
-        visit.leave(lambda: mx.eval(records), self._door.keep == "worth")
-        traffic.updates += 1
-        traffic.tier_hits += visit.num_hits
-        traffic.tier_misses += len(units) - visit.num_hits
-        traffic.bytes += len(units) * record.stride
-        traffic.seconds += time.perf_counter() - begin
+        for a in arrived:
+            old = self._unit_at[a.slots]
+            if self._door.keep == "worth":
+                tier.given_up(a.source, old[old >= 0])
+            self._unit_at[a.slots] = a.units
+            a.visit.leave(lambda: mx.eval(records), self._door.keep == "worth")
+            backend.traffic.tier_hits += a.visit.num_hits
+            backend.traffic.tier_misses += len(a.units) - a.visit.num_hits
+        backend.traffic.updates += 1
+        backend.traffic.bytes += len(slots) * record.stride
+        backend.traffic.seconds += time.perf_counter() - begin
 
     def _update(self, at: mx.array, new: dict[str, mx.array], *more: mx.array) -> None:
         """Start writing rows [k] of every part to slots `at`; counts a pool that was copied for it."""
@@ -216,16 +243,27 @@ def _indices(slots: np.ndarray) -> mx.array:
     return mx.array(slots.astype(np.int32))
 
 
+@dataclass
+class Arrival:
+    """Units that a visit brought to the host, and the slots they are for."""
+
+    visit: Visit
+    source: Source
+    units: np.ndarray
+    slots: np.ndarray
+
+
 class DeviceLanding:
     """Units through the host tier into rows, in turns where they are more than it takes at once.
 
-    The first turns' reads start at once where there is room, the others when somebody waits.
+    The first turns' reads start at once where there is room, the others when somebody waits. What arrived last goes to
+    the device when its rows are used, together with what other landings brought for them.
     """
 
     def __init__(self, rows: DeviceRows, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray):
         self._rows, self._reader, self._source, self._units, self._slots = rows, reader, source, units, slots
-        self._done = 0  # units that were asked for
-        self._turns: deque[tuple[Visit, np.ndarray, np.ndarray]] = deque()
+        self._asked = 0  # units that were asked for
+        self._turns: deque[Arrival] = deque()
         self._error: OSError | None = None
         while self._start():
             pass
@@ -233,7 +271,7 @@ class DeviceLanding:
     def _start(self) -> bool:
         """Ask for the next turn's units; False where none are left or there is no room."""
         door = self._rows._door
-        turn = slice(self._done, self._done + door.tier.chunk)
+        turn = slice(self._asked, self._asked + door.tier.chunk)
         units, slots = self._units[turn], self._slots[turn]
         if len(units) == 0:
             return False
@@ -243,29 +281,36 @@ class DeviceLanding:
         visit = door.tier.bring(self._reader, self._source, units, keep, self)
         if visit is None:
             return False
-        self._turns.append((visit, units, slots))
-        self._done += len(units)
+        self._turns.append(Arrival(visit, self._source, units, slots))
+        self._asked += len(units)
         return True
 
     def wait(self) -> None:
-        self.finish()
+        self._complete()
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
-        """Until all is on the device, or known to have failed; keeps the first error for `wait`."""
-        while self._turns or self._done < len(self._units):
+        """As wait, and the device has it all, since others want the room; keeps an error for `wait`."""
+        self._complete()
+        self._rows._flush()
+
+    def _complete(self) -> None:
+        """Until all of it arrived, or failed."""
+        while self._turns or self._asked < len(self._units):
             if not self._turns:
-                if self._start():
-                    continue
-                self._rows._door.tier.oldest().finish()  # somebody who has not waited yet is in the way
+                if not self._start():
+                    self._rows._door.tier.oldest().finish()  # who has not waited yet is in the way
                 continue
-            visit, units, slots = self._turns.popleft()
+            turn = self._turns[0]
             try:
-                visit.wait()
-                self._rows._bring(self._source, visit, units, slots)
+                turn.visit.wait()
+                self._rows._arrived.append(turn)
             except OSError as error:
                 self._error = self._error or error
-                visit.leave(lambda: None, on_device=False)
-                self._done = len(self._units)  # no more: what is under way comes to rest, all of it counts as lost
-            self._start()
+                turn.visit.leave(lambda: None, on_device=False)
+                self._asked = len(self._units)  # no more: what is under way comes to rest, and all of it counts as lost
+            self._turns.popleft()
+            if self._asked < len(self._units):
+                self._rows._flush()
+                self._start()

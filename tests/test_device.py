@@ -1,0 +1,271 @@
+"""Memory that the host does not share, on MLX's CPU device: what a GPU would make slow or wrong must not happen here.
+
+    nothing looks at a pool from the host: what does is caught by its address, and the catch is tried out;
+    rows change in place: no update copies a pool, and one that must (a slice is held) is counted;
+    a decoded token waits for the device at most once per layer;
+    the host tier holds what it says it holds, whatever is asked of it and whatever fails, and what it held need not be
+    read again; the device's units leave it first.
+
+Exactness on the same device is test_exactness.py's, as for every backend.
+"""
+
+import numpy as np
+import pytest
+
+from build import Shape, load, prompt_of
+
+mx = pytest.importorskip("mlx.core")
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+
+from mlxflash.bundle import HEADER_BYTES, Part, make_record  # noqa: E402
+from mlxflash.hosttier import HostTier  # noqa: E402
+from mlxflash.pool import Source  # noqa: E402
+from mlxflash.reader import File, ReadError, make_reader  # noqa: E402
+
+WIDE = Shape(d_model=512, ffn=1024, heads=8, dtype="float16", layers=3)
+
+
+def decode(model, tokens, cache=None):
+    cache = cache or make_prompt_cache(model)
+    for token in tokens:
+        mx.eval(model(mx.array([[token]]), cache=cache))
+    return cache
+
+
+class TouchedError(AssertionError):
+    pass
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    """Arrays whose memory the host must not see; NumPy, memoryview and MLX's own ways out are watched."""
+    forbidden = []
+    view, asarray = memoryview, np.asarray
+
+    def span(array):
+        raw = asarray(view(array).cast("B"))
+        return raw.ctypes.data, raw.ctypes.data + raw.nbytes
+
+    def check(array):
+        if isinstance(array, mx.array) and array.size:
+            first, end = span(array)
+            for pool in forbidden:
+                begin, stop = span(pool)
+                if first < stop and begin < end:
+                    raise TouchedError
+
+    def watched(call):
+        def either(array, *more, **named):
+            check(array)
+            return call(array, *more, **named)
+
+        return either
+
+    for name in ("asarray", "array", "frombuffer", "ascontiguousarray"):
+        monkeypatch.setattr(np, name, watched(getattr(np, name)))
+    for name in ("item", "tolist", "__array__"):
+        monkeypatch.setattr(mx.array, name, watched(getattr(mx.array, name)))
+    monkeypatch.setattr("builtins.memoryview", type("Watched", (), {"__new__": lambda _, a: (check(a), view(a))[1]}))
+    yield forbidden
+    forbidden.clear()
+
+
+@pytest.mark.parametrize("touch", ["asarray", "slice", "memoryview", "tolist"])
+def test_the_guard_notices(guard, touch):
+    pool = mx.zeros((8, 4))
+    mx.eval(pool)
+    guard.append(pool)
+    np.asarray(pool + 1)
+    with pytest.raises(TouchedError):
+        {
+            "asarray": lambda: np.asarray(pool),
+            "slice": lambda: np.array(pool[2:3]),
+            "memoryview": lambda: memoryview(pool),
+            "tolist": pool.tolist,
+        }[touch]()
+
+
+@pytest.mark.parametrize("predictor", ["all", "oracle"])
+@pytest.mark.parametrize("budget", ["whole", "part", "least"])
+def test_nothing_touches_a_pool_from_the_host(library, guard, budget, predictor):
+    with load(library.bundle(), "discrete", budget, predictor, window=None if predictor == "all" else 3) as model:
+        flash = model.flash
+        owners = {id(r): r for layer in flash.layers for r in (layer.rows, *layer.blocks.pair)}.values()
+        for rows in owners:
+            guard.extend(rows._pools.values())
+        assert len(guard) > 4
+        cache = make_prompt_cache(model)
+        model(mx.array([prompt_of(40)]), cache=cache)
+        decode(model, prompt_of(10), cache)
+        flash.forget()
+        decode(model, prompt_of(5))
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("predictor", ["all", "oracle"])
+@pytest.mark.parametrize("budget", ["part", "least"])
+def test_no_update_copies_a_pool(library, budget, predictor, bits):
+    with load(library.bundle(WIDE, bits), "discrete", budget, predictor, host_memory=200_000) as model:
+        cache = make_prompt_cache(model)
+        model(mx.array([prompt_of(40)]), cache=cache)
+        decode(model, prompt_of(20), cache)
+        traffic = model.flash.backend.traffic
+        assert traffic.updates > 20
+        assert traffic.bytes > 1_000_000
+        assert traffic.pool_copies == 0
+
+
+def test_a_copy_is_counted_and_does_no_harm(library):
+    path = library.bundle(WIDE)
+    with load(path, "discrete", "part") as model, load(path, "parts-copy", "part") as other:
+        tokens = prompt_of(12)
+        held = [pool[:5] for layer in model.flash.layers for pool in layer.rows._pools.values()]
+        mx.eval(held)
+        got, want = (
+            [np.array(m(mx.array([[t]]), cache=c).astype(mx.float32)) for t in tokens]
+            for m, c in ((m, make_prompt_cache(m)) for m in (model, other))
+        )
+        assert model.flash.backend.traffic.pool_copies > 0
+        assert model.flash.stats(model.flash.snapshot(), 1).pool_copies == 0
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+
+
+def test_peak_memory_is_not_forgotten(library):
+    """The count of copies resets MLX's own peak."""
+    with load(library.bundle(WIDE), "discrete", "part") as model:
+        large = mx.zeros((1 << 22,))
+        mx.eval(large)
+        del large
+        decode(model, prompt_of(5))
+        assert max(mx.get_peak_memory(), model.flash.backend.peak_bytes) >= 1 << 24
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_a_token_waits_at_most_once_per_layer(library, look_ahead):
+    """What a layer predicts for itself and for the next is waited for together."""
+    with load(library.calibrated(WIDE), "discrete", "part", look_ahead=look_ahead) as model:
+        cache = decode(model, prompt_of(10))
+        before = model.flash.backend.traffic.syncs
+        decode(model, prompt_of(10), cache)
+        assert model.flash.backend.traffic.syncs - before <= 10 * WIDE.layers
+
+
+# The host tier
+
+UNITS = 120
+RECORDS = {
+    "packed": make_record([Part("up", "float16", (24,), 0), Part("down", "float16", (24,), 0)]),
+    "aligned": make_record([Part("up", "float32", (512,), 0), Part("down", "float32", (512,), 0)]),
+}
+
+
+@pytest.fixture(params=RECORDS)
+def files(request, tmp_path):
+    """Two bundle files' records: the record, their paths and uint8 [units, stride] each."""
+    record, rng, made = RECORDS[request.param], np.random.default_rng(0), []
+    for i in range(2):
+        raw = rng.integers(0, 256, (UNITS, record.stride), dtype=np.uint8)
+        (tmp_path / str(i)).write_bytes(bytes(HEADER_BYTES) + raw.tobytes() + bytes(-raw.nbytes % 4096 + 4096))
+        made.append((tmp_path / str(i), raw))
+    return record, made
+
+
+class Counting:
+    """A reader that counts the units it is asked for and fails when told to."""
+
+    def __init__(self, stride):
+        self.reader, self.stride, self.units, self.fail = make_reader(), stride, 0, False
+
+    def submit(self, file, spans, dest):
+        self.units += int(spans[:, 2].sum()) // self.stride
+        ticket = self.reader.submit(file, spans, dest)
+        if self.fail:
+            ticket.wait()
+            raise ReadError(5, "broken", file.path, 0, 0)
+        return ticket
+
+
+def lying(tier):
+    return np.frombuffer(tier.rows.memory, np.uint8).reshape(-1, tier.record.stride)
+
+
+class Owner:
+    def finish(self):
+        raise AssertionError("nobody else waits")
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 30, 2 * UNITS])
+def test_the_tier_brings_what_is_asked(files, kept, direct):
+    record, made = files
+    tier, reader, rng = HostTier(record, 40, kept), Counting(record.stride), np.random.default_rng(1)
+    sources = [Source(File(path, direct), {}) for path, _ in made]
+    if direct and not sources[0].file.direct:
+        pytest.skip("this filesystem refuses direct reads")
+    under_way, asked = [], 0
+    for step in range(300):
+        which = int(rng.integers(2))
+        units = np.sort(rng.choice(UNITS, int(rng.integers(1, tier.chunk + 1)), replace=False))
+        visit = tier.bring(reader, sources[which], units, rng.choice(["worth", "room", "no"]), Owner())
+        if visit is None:
+            assert under_way
+        else:
+            asked += len(units)
+            under_way.append((visit, made[which][1][units]))
+        while under_way and (visit is None or rng.random() < 0.6):
+            done, want = under_way.pop(0)
+            done.wait()
+            np.testing.assert_array_equal(lying(tier)[done.slots], want)
+            done.leave(lambda: None)
+            if visit is None:
+                break
+        if step % 50 == 49:
+            tier.given_up(sources[which], units)
+    read = reader.units if not direct or record.aligned else asked
+    assert read == asked if kept == 0 else read < asked or direct or kept == 1
+    if kept == 2 * UNITS and not direct:
+        assert read < asked / 3
+    for source in sources:
+        source.file.close()
+
+
+def test_what_failed_is_not_kept(files):
+    record, made = files
+    tier, reader = HostTier(record, 40, 60), Counting(record.stride)
+    source, units = Source(File(made[0][0]), {}), np.arange(8)
+    reader.fail = True
+    for _ in range(9):  # more than would fit if they stayed in use
+        with pytest.raises(ReadError):
+            tier.bring(reader, source, units, "worth", Owner())
+    reader.fail = False
+    reader.units = 0
+    for _ in range(2):  # read once, then kept
+        visit = tier.bring(reader, source, units, "worth", Owner())
+        visit.wait()
+        np.testing.assert_array_equal(lying(tier)[visit.slots], made[0][1][:8])
+        visit.leave(lambda: None)
+        assert reader.units == 8
+    source.file.close()
+
+
+def test_what_the_device_holds_leaves_first(files):
+    record, made = files
+    tier, reader = HostTier(record, 40, 10), Counting(record.stride)
+    source = Source(File(made[0][0]), {})
+
+    def bring(units, keep="worth"):
+        before = reader.units
+        visit = tier.bring(reader, source, np.array(units), keep, Owner())
+        visit.wait()
+        visit.leave(lambda: None)
+        return reader.units - before
+
+    assert bring(range(10)) == 10
+    tier.given_up(source, np.arange(5))
+    assert bring(range(20, 25)) == 5  # takes the room of 5..9, which the device still holds
+    assert bring(range(5)) == 0
+    assert bring(range(5, 10)) == 5
+    assert bring(range(40, 50), "room") == 10
+    assert bring(range(40, 50), "room") == 10  # there was none
+    source.file.close()
