@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from mlxflash import __version__
 from mlxflash.commands import generate, inspect, prepare
+from mlxflash.install import why_not_loaded
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,8 +48,8 @@ def fail(message: str) -> NoReturn:
 
 def sentence(error: BaseException) -> str:
     """One line for one failure, with the file where there is one."""
-    if isinstance(error, ImportError) and "mlx" in str(error):
-        return "MLX is not installed for this machine: pip install 'mlxflash[cpu]' on Linux, 'mlxflash' on a Mac"
+    if isinstance(error, ImportError) and (why := why_not_loaded(error)):
+        return why
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

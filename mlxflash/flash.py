@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlxflash.backends import Backend, Traffic
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
-from mlxflash.plan import Plan
+from mlxflash.plan import DEVICE_SHARE, BudgetError, Plan, as_typed, format_bytes
 from mlxflash.reader import File, Reader
 
 
@@ -61,7 +61,10 @@ class FlashModel(nn.Module):
         if flash.torn:
             flash.forget()
         flash.torn = True
-        logits = super().__call__(*args, **kwargs)
+        try:
+            logits = super().__call__(*args, **kwargs)
+        except RuntimeError as error:
+            raise flash.explain(error) from None
         flash.torn = False
         return logits
 
@@ -93,6 +96,19 @@ class Flash:
         """The plan and what carries it out, for people."""
         direct = "direct" if self.files and self.files[0].direct else "buffered"
         return f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+
+    def explain(self, error: RuntimeError) -> Exception:
+        """MLX's error, or where a device has no memory left the budget that would fit."""
+        free = self.backend.available_memory()
+        text = str(error)
+        if free is None or ("out of memory" not in text and "Unable to allocate" not in text):
+            return error
+        fits = int(DEVICE_SHARE * self.plan.memory)
+        return BudgetError(
+            f"the device ran out of memory with a budget of {format_bytes(self.plan.memory)},"
+            f" {format_bytes(free)} free: others use it too; --memory {as_typed(fits)} leaves room",
+            fits,
+        )
 
     @property
     def exact(self) -> bool:

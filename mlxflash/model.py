@@ -150,12 +150,15 @@ def load_bundle(
             )
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
+                rows.settle()  # what is on its way to a device goes there now
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
         if look_ahead and name in ("low-bit", "oracle"):
             _link(flash.layers, bundle, backend, ffn)
-    except BaseException:
+    except BaseException as error:
         flash.close()
+        if isinstance(error, RuntimeError):
+            raise flash.explain(error) from None
         raise
     return model
 

@@ -124,7 +124,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int, available: int | N
     elif available is not None and min(memory, whole.memory) > available:
         raise BudgetError(
             f"a memory budget of {format_bytes(memory)} does not fit this device, which has {format_bytes(available)}"
-            f" free: --memory {_typed(int(DEVICE_SHARE * available))} would",
+            f" free: --memory {as_typed(int(DEVICE_SHARE * available))} would",
             int(DEVICE_SHARE * available),
         )
     if memory >= whole.memory:
@@ -295,7 +295,7 @@ def available_memory() -> int:
     return total
 
 
-def _typed(count: int) -> str:
+def as_typed(count: int) -> str:
     """A size as it can be typed back, rounded down."""
     return f"{count // 10**6}MB"
 

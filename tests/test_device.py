@@ -12,13 +12,16 @@ Exactness on the same device is test_exactness.py's, as for every backend.
 import numpy as np
 import pytest
 
-from build import Shape, load, prompt_of
+from build import BACKENDS, Shape, load, prompt_of
 
 mx = pytest.importorskip("mlx.core")
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
+from mlxflash.backends.cuda import DeviceBackend, plain_upload  # noqa: E402
 from mlxflash.bundle import HEADER_BYTES, Part, make_record  # noqa: E402
 from mlxflash.hosttier import HostTier  # noqa: E402
+from mlxflash.model import load_bundle  # noqa: E402
+from mlxflash.plan import BudgetError  # noqa: E402
 from mlxflash.pool import Source  # noqa: E402
 from mlxflash.reader import File, ReadError, make_reader  # noqa: E402
 
@@ -149,6 +152,54 @@ def test_a_token_waits_at_most_once_per_layer(library, look_ahead):
         before = model.flash.backend.traffic.syncs
         decode(model, prompt_of(10), cache)
         assert model.flash.backend.traffic.syncs - before <= 10 * WIDE.layers
+
+
+# Budgets
+
+
+def test_a_budget_beyond_the_device_is_refused(library):
+    backend = BACKENDS["discrete"]()
+    backend.available_memory = lambda: 400_000
+    with pytest.raises(BudgetError, match=r"does not fit this device, which has 400\.0 kB free: --memory"):
+        load_bundle(library.bundle(), memory="1MB", backend=backend)
+    with load_bundle(library.bundle(WIDE), memory=None, backend=DeviceBackend(mx.cpu)) as model:
+        assert model.flash.plan.whole
+        needed = model.flash.plan.memory
+    backend.available_memory = lambda: needed
+    with load_bundle(library.bundle(WIDE), memory=None, predictor="oracle", backend=backend) as model:
+        assert 0.6 * needed < model.flash.plan.memory < 0.8 * needed  # as nobody said how much
+        assert not model.flash.plan.whole
+        text = model.flash.describe()
+    assert "of device memory:" in text
+    assert "of host memory:" in text
+
+
+def test_out_of_device_memory_names_a_budget(library):
+    def full(*_):
+        raise RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory")
+
+    with load(library.bundle(), "discrete", "part") as model:
+        decode(model, prompt_of(3))
+        model.flash.backend._upload = full
+        model.flash.backend.available_memory = lambda: 1000
+        with pytest.raises(BudgetError, match=r"ran out of memory with a budget of .*; --memory \d+MB leaves room"):
+            decode(model, prompt_of(20, seed=5))
+        model.flash.backend._upload = plain_upload
+        decode(model, prompt_of(3))
+    backend = DeviceBackend(mx.cpu, full)
+    with pytest.raises(RuntimeError, match="out of memory"):  # MLX's CPU device does not know what it has
+        load_bundle(library.bundle(), backend=backend)
+    backend.available_memory = lambda: 10**9
+    with pytest.raises(BudgetError, match="ran out of memory"):
+        load_bundle(library.bundle(), backend=backend)
+
+
+def test_host_memory_is_for_devices_that_do_not_share_it(library):
+    with pytest.raises(ValueError, match="devices with memory of their own"):
+        load_bundle(library.bundle(), memory="1MB", host_memory="1MB", device="mlx-cpu")
+    with load(library.bundle(), "discrete", "part", host_memory="300kB") as model:
+        assert model.flash.plan.host_tier == 300_000
+        assert "host tier" in model.flash.describe()
 
 
 # The host tier

@@ -172,19 +172,32 @@ def stagings(plan: Plan) -> list[Staging]:
     return [Staging(plan.staging_bytes) for _ in range(3)]
 
 
+NO_CUDA = "this MLX was built without it: pip uninstall -y mlx-cpu; pip install 'mlxflash[cuda13]' (or cuda12)"
+
+
 def make_backend(device: str | None = None) -> Backend:
     """The backend for `device`: "cuda", "metal", "cpu", or for checks "mlx-cpu" (MLX's own CPU operations) and
     "discrete" (the same, as if the host did not share its memory); None picks the best here."""
     from mlxflash._native import core
     from mlxflash.backends.metal import MLXBackend
 
-    has_gpu = mx.metal.is_available()
+    has_metal = mx.metal.is_available()
+    has_cuda = mx.cuda.is_available() and mx.device_count(mx.gpu) > 0  # the first alone is true without a GPU
     if device is None:
-        device = "metal" if has_gpu else "cpu"
+        device = "metal" if has_metal else "cuda" if has_cuda else "cpu"
     if device == "metal":
-        if not has_gpu:
+        if not has_metal:
             raise ValueError("device metal: this MLX has no Metal; use --device cpu")
         return MLXBackend(mx.gpu)
+    if device == "cuda":
+        from mlxflash.backends.cuda import DeviceBackend
+        from mlxflash.install import conflict
+
+        if not mx.cuda.is_available():
+            raise ValueError(f"device cuda: {conflict() or NO_CUDA}")
+        if not has_cuda:
+            raise ValueError("device cuda: MLX finds no NVIDIA GPU here; use --device cpu")
+        return DeviceBackend(mx.gpu)
     if device == "cpu" and core is not None:
         from mlxflash.backends.cpu import CPUBackend
 
