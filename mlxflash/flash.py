@@ -95,7 +95,8 @@ class Flash:
     def describe(self) -> str:
         """The plan and what carries it out, for people."""
         direct = "direct" if self.files and self.files[0].direct else "buffered"
-        return f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+        carries = f" by {self.backend.carries}" if self.backend.discrete else ""
+        return f"{self.plan.describe()}\n  on {self.backend.name}{carries}, {direct} reads by {self.reader.engine}"
 
     def explain(self, error: RuntimeError) -> Exception:
         """MLX's error, or where a device has no memory left the budget that would fit."""

@@ -23,14 +23,10 @@ CHUNKS = 4  # so many landings fit the ring at once; larger ones go through in t
 
 
 class HostTier:
-    """`passing` slots that units pass through and `kept` that keep some; slot s is row s of `memory`.
+    """`passing` slots that units pass through and `kept` that keep some; slot s is row s of `rows.memory`."""
 
-    `lock` is called once with the memory when it is made, so that a driver can lock its pages.
-    """
-
-    def __init__(self, record: Record, passing: int, kept: int, lock: Callable[[memoryview], object] | None = None):
+    def __init__(self, record: Record, passing: int, kept: int):
         self.record, self.passing, self.kept = record, passing, kept
-        self._lock = lock
         self._rows: RecordRows | None = None
         self._slot_of: dict[str, np.ndarray] = {}  # by file: a unit's kept slot, or -1
         self.reset()
@@ -45,8 +41,6 @@ class HostTier:
         if self._rows is None:
             size = (self.passing + self.kept) * self.record.stride
             memory = host_memory(size)[:size]
-            if self._lock is not None:
-                self._lock(memory)
             self._rows = RecordRows(self.record, memory, Staging(self.record.stride * self.chunk + (3 << 12)))
         return self._rows
 

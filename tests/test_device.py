@@ -17,7 +17,8 @@ from build import BACKENDS, Shape, load, prompt_of
 mx = pytest.importorskip("mlx.core")
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
-from mlxflash.backends.cuda import DeviceBackend, plain_upload  # noqa: E402
+from mlxflash.backends import cuda  # noqa: E402
+from mlxflash.backends.cuda import DeviceBackend  # noqa: E402
 from mlxflash.bundle import HEADER_BYTES, Part, make_record  # noqa: E402
 from mlxflash.hosttier import HostTier  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
@@ -174,19 +175,22 @@ def test_a_budget_beyond_the_device_is_refused(library):
     assert "of host memory:" in text
 
 
-def test_out_of_device_memory_names_a_budget(library):
+def test_out_of_device_memory_names_a_budget(library, monkeypatch):
+    upload = cuda.upload
+
     def full(*_):
         raise RuntimeError("cudaMallocAsync(&data, size, stream) failed: out of memory")
 
     with load(library.bundle(), "discrete", "part") as model:
         decode(model, prompt_of(3))
-        model.flash.backend._upload = full
+        monkeypatch.setattr(cuda, "upload", full)
         model.flash.backend.available_memory = lambda: 1000
         with pytest.raises(BudgetError, match=r"ran out of memory with a budget of .*; --memory \d+MB leaves room"):
             decode(model, prompt_of(20, seed=5))
-        model.flash.backend._upload = plain_upload
+        monkeypatch.setattr(cuda, "upload", upload)
         decode(model, prompt_of(3))
-    backend = DeviceBackend(mx.cpu, full)
+    monkeypatch.setattr(cuda, "upload", full)
+    backend = DeviceBackend(mx.cpu)
     with pytest.raises(RuntimeError, match="out of memory"):  # MLX's CPU device does not know what it has
         load_bundle(library.bundle(), backend=backend)
     backend.available_memory = lambda: 10**9

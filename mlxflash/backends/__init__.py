@@ -109,6 +109,7 @@ class Backend(Protocol):
     name: str
     discrete: bool  # whether the host and the device have memory of their own
     traffic: Traffic
+    carries: str  # what brings units to a discrete device, for people
     peak_bytes: int  # of MLX's memory, before the last time that the backend reset it
 
     def available_memory(self) -> int | None:
@@ -191,13 +192,14 @@ def make_backend(device: str | None = None) -> Backend:
         return MLXBackend(mx.gpu)
     if device == "cuda":
         from mlxflash.backends.cuda import DeviceBackend
+        from mlxflash.backends.pagelocked import open_bus
         from mlxflash.install import conflict
 
         if not mx.cuda.is_available():
             raise ValueError(f"device cuda: {conflict() or NO_CUDA}")
         if not has_cuda:
             raise ValueError("device cuda: MLX finds no NVIDIA GPU here; use --device cpu")
-        return DeviceBackend(mx.gpu)
+        return DeviceBackend(mx.gpu, *open_bus())
     if device == "cpu" and core is not None:
         from mlxflash.backends.cpu import CPUBackend
 

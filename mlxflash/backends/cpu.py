@@ -29,6 +29,7 @@ class CPUBackend:
 
     name = "cpu"
     discrete = False
+    carries = ""
     peak_bytes = 0
 
     def __init__(self) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from mlxflash.backends import FFN, Matrix
 from mlxflash.backends.metal import DTYPES, MLXBackend, MLXRows
+from mlxflash.backends.pagelocked import Bus
 from mlxflash.hosttier import CHUNKS, HostTier, Visit
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, Source
@@ -33,16 +34,16 @@ COPY_SHARE = 0.5  # of the smallest pool: an update that allocates so much beyon
 class DeviceBackend(MLXBackend):
     """`cuda`, or `discrete`: the same on MLX's CPU device, to check without a GPU what a GPU will do.
 
-    `upload` makes a device array of records at slots [k] of host memory: words [k, stride / size of a word].
+    `bus` is page-locked memory where there is a GPU and it was found to work; `carries` says in words what is used.
     """
 
     discrete = True
 
-    def __init__(self, device: Any, upload: "Upload | None" = None):
+    def __init__(self, device: Any, bus: Bus | None = None, carries: str = "plain copies"):
         super().__init__(device, record_rows=False, alias=False)
         self.name = "cuda" if device == mx.gpu else "discrete"
         self.waits = False  # for benchmarks: wait for every update, so that its time is its own
-        self._upload = upload or plain_upload
+        self.bus, self.carries = bus, carries
         self._asked: list[mx.array] = []  # products under way
 
     def available_memory(self) -> int | None:
@@ -55,6 +56,8 @@ class DeviceBackend(MLXBackend):
         """Doors to one host tier."""
         record = ffn.record
         tier = HostTier(record, max(CHUNKS, plan.host_landing // record.stride), plan.host_tier // record.stride)
+        if self.bus is not None:
+            self.bus.lock(tier.rows.memory, tier)  # where that fails, its rows go the plain way
         return [Door(tier, "worth"), Door(tier, "room"), Door(tier, "room")]
 
     def rows(self, ffn: FFN, capacity: int, staging: Any) -> MLXRows:
@@ -71,15 +74,16 @@ class DeviceBackend(MLXBackend):
         for weight in weights:
             x = self.multiply(x, weight)
         y = x.astype(mx.float32)
-        mx.async_eval(y)
-        self._asked.append(y)
+        done, values = (y, lambda: np.asarray(y)) if self.bus is None else self.bus.result(y)
+        mx.async_eval(done)
+        self._asked.append(done)
 
         def wait() -> np.ndarray:
             if self._asked:
                 asked, self._asked = self._asked, []
                 self.traffic.syncs += 1
                 mx.eval(asked)
-            return np.asarray(y)
+            return values()
 
         return wait
 
@@ -95,11 +99,9 @@ class Door:
         self.tier.reset()
 
 
-Upload = Callable[[memoryview, np.ndarray, int, int], mx.array]  # host memory, slots, stride and word in bytes
-
-
-def plain_upload(memory: memoryview, slots: np.ndarray, stride: int, word: int) -> mx.array:
-    """Through MLX's own arrays: the host copies once to gather, MLX once more, and the device reads that."""
+def upload(memory: memoryview, slots: np.ndarray, stride: int, word: int) -> mx.array:
+    """Records at slots [k] of host memory as words [k, stride / word], `word` in bytes, through MLX's own arrays: the
+    host copies once to gather, MLX once more, and the device reads that."""
     rows = np.frombuffer(memory, {1: np.uint8, 2: np.uint16, 4: np.uint32}[word]).reshape(-1, stride // word)
     first, count = int(slots[0]), len(slots)
     together = int(slots[-1]) - first == count - 1 and bool((np.diff(slots) == 1).all())
@@ -196,7 +198,10 @@ class DeviceRows(MLXRows):
         arrived, self._arrived = self._arrived, []
         slots = np.concatenate([a.slots for a in arrived])
         sources = np.concatenate([a.visit.slots for a in arrived])
-        records = backend._upload(tier.rows.memory, sources, record.stride, self._word)
+        host = tier.rows.memory, sources, record.stride, self._word
+        records = backend.bus.rows(*host) if backend.bus is not None else None
+        if records is None:
+            records = upload(*host)
         new: dict[str, mx.array] = {}
         for p in record.parts:
             if p.offset is None:

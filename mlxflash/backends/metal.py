@@ -69,6 +69,7 @@ class MLXBackend:
     """
 
     discrete = False
+    carries = ""
 
     def __init__(self, device: Any, record_rows: bool | None = None, alias: bool | None = None):
         self.traffic = Traffic()
