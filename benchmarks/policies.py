@@ -3,8 +3,8 @@
 On recorded traces (trace.py record; synthetic ones cannot judge this), one token per step, one layer at a time, at
 capacities given as a share of the layer's units. A unit the token wants and memory lacks is a read. Where a token
 wants more than memory holds, each turn replaces the units worth least, as in the window. The first `--warm` tokens are
-not counted. Also splits one memory between layers: equally, by calibrated demand (the planner's), and by the layers'
-miss curves, drawn on `--calibration` and judged on the trace.
+not counted. Also splits one memory between layers: equally, in proportion to the union of five tokens' units, and by
+the layers' miss curves (the planner's way), drawn on `--calibration` and judged on the trace.
 
     ring 5              the paper's: what the last 5 tokens used, nothing else
     lru                 the longest unused leaves
@@ -30,13 +30,14 @@ from typing import Any
 
 import numpy as np
 
+from mlxflash.misses import miss_curve
+from mlxflash.plan import split_slots
 from mlxflash.policy import DECAY, Frequency, Policy, Recency
 
 SPAN = 5
 DECAYS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
 PRIORS = (5.0, 20.0)
 NEAR = 0.3  # what a near miss counts, in uses
-CURVE = np.array([0.005, 0.01, 0.02, 0.035, 0.05, 0.075, *np.arange(0.1, 0.6, 0.05), 0.6, 0.7, 0.8, 0.9, 1.0])
 
 
 class RecencyOfTwo:
@@ -205,32 +206,6 @@ def layer_table(figures: dict[str, np.ndarray], share: float, column: int) -> li
 # One memory for all layers
 
 
-def curves(trace: Trace, warm: int, tokens: int | None = None) -> list[np.ndarray]:
-    """Units read per token at CURVE's capacities under the default policy, one array per layer."""
-    out = []
-    for layer, units in enumerate(trace.units.tolist()):
-        wanted = trace.sets["late"].matrix(layer, units)[:tokens]
-        out.append(reads(wanted, np.maximum(1, CURVE * units).astype(int).tolist(), Frequency(units), warm))
-    return out
-
-
-def by_curves(curve: list[np.ndarray], units: np.ndarray, slots: int) -> np.ndarray:
-    """Give memory where it saves most per slot, segment by segment of each curve's lower convex hull."""
-    segments = []
-    for layer, misses in enumerate(curve):
-        x, y = np.maximum(1, CURVE * units[layer]).astype(int), misses
-        i = 0
-        while i < len(x) - 1:
-            slopes = (y[i + 1 :] - y[i]) / (x[i + 1 :] - x[i])
-            j = i + 1 + int(np.argmin(slopes))
-            segments.append((float(slopes.min()), layer, int(x[j] - x[i])))
-            i = j
-    out = np.array([max(1, int(CURVE[0] * n)) for n in units])
-    for _, layer, width in sorted(segments):
-        out[layer] += min(width, slots - int(out.sum()))
-    return out
-
-
 def by_demand(demand: np.ndarray, units: np.ndarray, slots: int) -> np.ndarray:
     """In proportion, none over its units; what that leaves goes to the others."""
     out = np.zeros(len(units))
@@ -244,7 +219,8 @@ def splits(
     trace: Trace, calibration: Trace, shares: list[float], warm: int, tokens: int | None
 ) -> dict[str, dict[str, Any]]:
     """For each total share: units read per token and capacities of each way to split it."""
-    curve = curves(calibration, warm, tokens)
+    wanted = [calibration.sets["late"].matrix(i, n)[:tokens] for i, n in enumerate(trace.units.tolist())]
+    curves = tuple(miss_curve(w) for w in wanted)
     demand = np.array([demanded(calibration.sets["late"].matrix(i, n)) for i, n in enumerate(trace.units.tolist())])
     out: dict[str, dict[str, Any]] = {}
     for share in shares:
@@ -252,7 +228,7 @@ def splits(
         ways = {
             "equal": (trace.units * share).astype(int),
             "demand": by_demand(demand, trace.units, slots),
-            "curves": by_curves(curve, trace.units, slots),
+            "curves": np.array(split_slots(tuple(trace.units.tolist()), curves, slots)),
         }
         row: dict[str, Any] = {}
         for way, capacities in ways.items():

@@ -22,6 +22,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -364,20 +365,27 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
 
 
 def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> None:
-    """What `calibrate` measured, as far as it is used: each layer's demand, the stored predictors' figures."""
+    """What `calibrate` measured, as far as it is used: figures and miss curves of the stored predictors."""
     numbers = []
-    if "demand" in data:
-        numbers = _get(data, "demand", list, f"{where}, calibration")
-        if len(numbers) != num_layers:
-            raise BundleError(f"{where}: demand of {len(numbers)} layers, there are {num_layers}; calibrate again")
     for name in data.keys() & {"low-bit", "low-rank"}:
         figures = _get(data, name, dict, f"{where}, calibration")
-        numbers = [*numbers, *(figures.get(key) for key in ("recall", "perplexity_change", "margin"))]
+        numbers += [figures.get(key) for key in ("recall", "perplexity_change", "margin")]
+        if "misses" in figures:
+            _check_misses(figures["misses"], num_layers, f"{where}, misses of {name}")
     for number in numbers:
         if not (_is_int(number) or isinstance(number, float)) or not math.isfinite(number):
             raise BundleError(f"{where}: {number!r} in its calibration is not a number; calibrate again")
-    if min(data.get("demand", [0])) < 0:
-        raise BundleError(f"{where}: no layer demands less than nothing; calibrate again")
+
+
+def _check_misses(data: Any, num_layers: int, where: str) -> None:
+    """Shares of a layer's units, rising from 0 to 1, and for every layer as many numbers that never rise."""
+    shares, layers = _get(data, "shares", list, where), _get(data, "layers", list, where)
+    curves = [shares, *layers]
+    good = len(layers) == num_layers and all(isinstance(c, list) and len(c) == len(shares) > 0 for c in curves)
+    good = good and all(isinstance(x, float) and 0 <= x < 1 << 31 for c in curves for x in c)
+    good = good and all(a < b for a, b in pairwise(shares)) and (shares[0], shares[-1]) == (0, 1)
+    if not good or any(a < b for c in layers for a, b in pairwise(c)):
+        raise BundleError(f"{where}: not a curve for each of {num_layers} layers; calibrate again")
 
 
 def _parse_record(data: dict[str, Any], where: str) -> Record:

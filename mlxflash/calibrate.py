@@ -19,12 +19,12 @@ from mlxflash.decode import reserved_cache
 from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
 from mlxflash.flash import FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
+from mlxflash.misses import SHARES, miss_curve
 from mlxflash.model import STORED, load_bundle
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, read_low_rank, save_low_bit
 from mlxflash.resident import one_part
 
-DEMAND_TOKENS = 5  # a layer's demand is the union of this many tokens' flagged units, the paper's window
 OWN_SEQUENCES = 8
 LEAST_TOKENS = 16
 Progress = Callable[[str, int, int], None]
@@ -83,12 +83,13 @@ def calibrate(
         plan = model.flash.plan
         if plan.whole:  # what is held whole needs no predictor, so leave some of it out
             memory = plan.memory - plan.pools // 4
-    layers, ahead = [], []
+    layers, ahead, curves = [], [], []
     for index, x in enumerate(inputs):
         progress("layers", index, len(inputs))
         before = inputs[index - 1] if index and predictor == "low-bit" else None
-        measured, early = _measure_layer(bundle, index, x, before, device, predictor)
+        measured, early, wanted = _measure_layer(bundle, index, x, before, device, predictor)
         layers.append(measured)
+        curves.append(miss_curve(wanted))
         ahead += [early] if early else []
     progress("layers", len(inputs), len(inputs))
     half = max(1, len(sequences) // 2)
@@ -115,8 +116,8 @@ def calibrate(
             "text": source,
             "margin": MARGIN,
             "layers": layers,
+            "misses": {"shares": SHARES, "layers": [c.misses for c in curves]},
         },
-        "demand": [r["demand"] for r in layers],
     }
     if ahead:
         result["look-ahead"] = {
@@ -172,9 +173,10 @@ def record_inputs(model: FlashModel) -> list[Recorder]:
 
 def _measure_layer(
     bundle: Bundle, index: int, x: np.ndarray, before: np.ndarray | None, device: str | None, predictor: str
-) -> tuple[dict[str, float], dict[str, float] | None]:
+) -> tuple[dict[str, float], dict[str, float] | None, np.ndarray]:
     """Set a layer's errors (low-bit) from the first half of x [tokens, d_model]; measure the second half.
 
+    The third value is what all tokens want, bool [tokens, units].
     From `before`, what the layer before was given for the same tokens, the look-ahead to this layer is fitted.
     """
     if not np.isfinite(x).all():
@@ -193,21 +195,23 @@ def _measure_layer(
     active = true > 0
     if predictor == "low-rank":
         inner, outer, offset = read_low_rank(file, ffn, bundle.manifest.layers[index])
-        return _measured(active[half:], products(x, inner, outer)[half:] + offset + MARGIN > 0), None
+        wanted = products(x, inner, outer) + offset + MARGIN > 0
+        return _measured(active[half:], wanted[half:]), None, wanted
     matrix, _, _ = read_low_bit(file, ffn, bundle.manifest.layers[index])
     estimate = products(x, matrix) + bias
     shift, error = _errors(estimate[:half], true[:half])
     save_low_bit(file, matrix, shift, error)
-    measured = _measured(active[half:], estimate[half:] - shift + MARGIN * error > 0)
+    wanted = estimate - shift + MARGIN * error > 0
+    measured = _measured(active[half:], wanted[half:])
     if before is None or len(x) < LEAST_TOKENS:
-        return measured, None
+        return measured, None, wanted
     fit = Fit.of(before[:half], x[:half])
     estimate = products(fit(before), matrix) + bias
     most = half + (len(x) - half) // 2  # the fitted half would say too little of the error
     shift, error = _errors(estimate[half:most], true[half:most])
     folder = bundle.path / "predictors" / "look-ahead"
     save_look_ahead(folder / f"{index - 1:03d}.safetensors", fit, shift, error)
-    return measured, _measured(active[most:], estimate[most:] - shift + AHEAD_MARGIN * error > 0)
+    return measured, _measured(active[most:], estimate[most:] - shift + AHEAD_MARGIN * error > 0), wanted
 
 
 def _errors(estimate: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -216,11 +220,8 @@ def _errors(estimate: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _measured(active: np.ndarray, flagged: np.ndarray) -> dict[str, float]:
-    window = min(DEMAND_TOKENS, len(flagged))
-    unions = [flagged[i : i + window].any(axis=0).sum() for i in range(len(flagged) - window + 1)]
     return {
         "active": float(active.mean()),
         "flagged": float(flagged.mean()),
         "recall": float((active & flagged).sum() / max(1, active.sum())),
-        "demand": float(np.mean(unions)),
     }

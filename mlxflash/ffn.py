@@ -60,7 +60,7 @@ class Blocks:
 
 @dataclass
 class Times:
-    """Where a model's time went, in seconds: flash is waiting for reads, manage is window upkeep."""
+    """Where a model's time went, in seconds; flash is asking for reads and waiting, manage is window upkeep."""
 
     flash: float = 0.0
     manage: float = 0.0
@@ -122,6 +122,7 @@ class FlashFFN(nn.Module):
         if len(x) > 1 and self._streams_faster(ids):
             times.predict += t1 - t0
             return self._stream(x)
+        asking = layer.reader.submitting
         ticket, layer.ticket = layer.ticket, None
         if ticket is None:
             ticket = layer.window.request(ids)
@@ -137,6 +138,9 @@ class FlashFFN(nn.Module):
             times.predict += t3 - t2
             t2 = clock()
             times.manage += t2 - t3
+        asked = layer.reader.submitting - asking
+        times.flash += asked
+        times.manage -= asked
         y, arriving = None, None
         if layer.rows.leaves_out_free:  # rows that are here are computed while the others are on their way
             arriving = layer.window.arriving(ticket)

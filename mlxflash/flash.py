@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlxflash.backends import Backend, Traffic
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
+from mlxflash.forecast import Forecast
 from mlxflash.plan import DEVICE_SHARE, BudgetError, Plan, as_typed, format_bytes
 from mlxflash.reader import File, Reader
 
@@ -28,13 +29,14 @@ class FlashStats:
     hit_rate: float
     held_share: float  # of all FFN units, in memory at the end
     peak_rss_gb: float
-    flash_s: float  # waiting for reads
+    flash_s: float  # asking for reads and waiting for them
     manage_s: float  # window upkeep
     predict_s: float
     transfer_s: float  # host to device, where they have memory of their own
     transfer_bytes: float  # the same per token
     tier_hit_rate: float  # of the units that went to the device, from the host's memory
     pool_copies: int  # updates of rows that copied a whole pool: a bug, or a computation that was not finished
+    forecast_tps: float | None  # tokens per second as foreseen; None: not where reads may come from the page cache
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ class FlashModel(nn.Module):
 class Flash:
     """The streaming side of a model: its layers, reader and plan."""
 
-    def __init__(self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str):
+    def __init__(
+        self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str, forecast: Forecast | None = None
+    ):
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
+        self.forecast = forecast
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
         self.stagings: list[Any] = []  # where units land on their way; each has `reset`
@@ -96,7 +101,8 @@ class Flash:
         """The plan and what carries it out, for people."""
         direct = "direct" if self.files and self.files[0].direct else "buffered"
         carries = f" by {self.backend.carries}" if self.backend.discrete else ""
-        return f"{self.plan.describe()}\n  on {self.backend.name}{carries}, {direct} reads by {self.reader.engine}"
+        said = f"{self.plan.describe()}\n  on {self.backend.name}{carries}, {direct} reads by {self.reader.engine}"
+        return f"{said}\n{self.forecast.describe()}" if self.forecast else said
 
     def explain(self, error: RuntimeError) -> Exception:
         """MLX's error, or where a device has no memory left the budget that would fit."""
@@ -142,13 +148,14 @@ class Flash:
             hit_rate=(now.hits - since.hits) / flagged if flagged else self.held_share(),
             held_share=self.held_share(),
             peak_rss_gb=peak_rss_bytes() / 1e9,
-            flash_s=max(0.0, now.times.flash - since.times.flash - transfer_s),
+            flash_s=now.times.flash - since.times.flash,
             manage_s=now.times.manage - since.times.manage,
             predict_s=now.times.predict - since.times.predict,
             transfer_s=transfer_s,
             transfer_bytes=(sent.bytes - before.bytes) / per,
             tier_hit_rate=hits / max(1, hits + sent.tier_misses - before.tier_misses),
             pool_copies=sent.pool_copies - before.pool_copies,
+            forecast_tps=1 / self.forecast.seconds if self.forecast else None,
         )
 
     def held_share(self) -> float:

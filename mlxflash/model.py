@@ -16,15 +16,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
-from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError
-from mlxflash.diskprofile import disk_profile
+from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError, Manifest
+from mlxflash.diskprofile import DiskProfile, disk_profile
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
 from mlxflash.flash import Flash, FlashModel
+from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
+from mlxflash.misses import MissCurve
 from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
 from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source
-from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
+from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import Tensor, ffn_parts, tensors
 from mlxflash.window import Window
@@ -63,7 +65,7 @@ def load_bundle(
     max_kv_size: tokens of key-value cache to plan for. margin: in standard errors of the low-bit estimate, in log-odds
     for low-rank. check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
-    for a disk and the bundle was calibrated for it).
+    for a disk, the bundle was calibrated for it, and the forecast with it is the shorter one).
     direct: bypass the page cache (None: when what streams is more than 0.7 of the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -99,6 +101,7 @@ def load_bundle(
     found = tensors(bundle)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
+    wanted = look_ahead
     if look_ahead is None:
         look_ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
     if look_ahead and predictor == "low-rank":
@@ -110,6 +113,11 @@ def load_bundle(
     plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
 
     disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
+    expected = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, look_ahead)
+    if wanted is None and look_ahead and expected is not None:
+        without = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, False)
+        if without is not None and without.seconds < expected.seconds:
+            look_ahead, expected = False, without
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     name = "all" if plan.whole else str(predictor)
@@ -118,16 +126,16 @@ def load_bundle(
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
         reader = CheckedReader(reader, manifest.record, sums)
-    flash = Flash(bundle, plan, reader, backend, mode)
+    flash = Flash(bundle, plan, reader, backend, mode, expected)
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        staging, *others = flash.stagings = backend.landings(ffn, plan)
+        gap = disk.gap_bytes() if disk else 0
+        staging, *others = flash.stagings = backend.landings(ffn, plan, gap)
         blocks = None
         if not plan.whole:
             pair = [backend.rows(ffn, plan.block_units, other) for other in others]
-            gap = disk.gap_bytes() if disk else DEFAULT_GAP_BYTES
-            blocks = Blocks((pair[0], pair[1]), gap // manifest.record.stride)
+            blocks = Blocks((pair[0], pair[1]), (gap if disk else DEFAULT_GAP_BYTES) // manifest.record.stride)
         for i, entry in enumerate(manifest.layers):
             file = File(bundle.layer_path(i), direct)
             flash.files.append(file)
@@ -257,6 +265,52 @@ def _load_resident(
     return parts
 
 
+def _forecast(
+    bundle: Bundle,
+    plan: Plan,
+    sizes: Sizes,
+    found: list[Tensor],
+    predictor: str,
+    backend: Backend,
+    disk: DiskProfile | None,
+    look_ahead: bool,
+) -> Forecast | None:
+    """Of a decoded token; None where nobody measured what units are missed, or the page cache may have them."""
+    manifest = bundle.manifest
+    if not plan.whole and (disk is None or sizes.curves is None):
+        return None
+    misses = (0.0,) * len(plan.units)
+    if not plan.whole and sizes.curves is not None:
+        misses = tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
+    kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
+    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8"}.get(predictor, kind)
+    head = any(t.name.startswith("lm_head.") for t in found)
+    idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
+    ahead = manifest.calibration.get("look-ahead") if look_ahead else None
+    recall = ahead["recall"] if ahead else 0.0
+    work = Work(
+        resident=sum(t.num_bytes for t in found if not any(name in t.name for name in idle)),
+        kind=kind,
+        predictor_kind=guessed,
+        slot=sizes.slot,
+        stride=sizes.stride,
+        kv=plan.kv // 2,  # of a context that fills
+        misses=misses,
+        recall=recall,
+        over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
+    )
+    return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32"}), disk)
+
+
+def _curves(manifest: Manifest, predictor: str) -> tuple[MissCurve, ...] | None:
+    """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
+    said = manifest.calibration.get(predictor if predictor in STORED else "low-bit", {}).get("misses")
+    if said is None or predictor == "all":
+        return None
+    shares = tuple(said["shares"])
+    return tuple(MissCurve(e.units, shares, tuple(c)) for e, c in zip(manifest.layers, said["layers"], strict=True))
+
+
 def _sizes(
     bundle: Bundle, config: dict[str, Any], found: list[Tensor], backend: Backend, ffn: FFN, predictor: str, own: int
 ) -> Sizes:
@@ -275,16 +329,14 @@ def _sizes(
     elif predictor == "oracle":
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
         predictor_bytes += sum(layer.units for layer in manifest.layers) * first
-    calibrated = manifest.calibration.get("demand")
     units = tuple(layer.units for layer in manifest.layers)
-    demand = tuple(float(x) for x in calibrated) if calibrated and len(calibrated) == len(units) else units
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,
         objects=bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn)),
         predictor=predictor_bytes,
         units=units,
-        demand=demand,
+        curves=_curves(manifest, predictor),
         slot=backend.slot_bytes(ffn),
         stride=manifest.record.stride,
         kv_token=kv_values_per_token(config) * item,

@@ -8,7 +8,11 @@ cannot work is refused before anything is read. Imports no MLX.
 import os
 import re
 from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
+
+from mlxflash.misses import MissCurve
 
 MIN_SLOTS = 8  # rows a layer needs at least: a token that needs more goes through in turns
 PREFILL_TOKENS = (512, 256, 128, 64, 32, 16)
@@ -36,7 +40,7 @@ class Sizes:
     objects: int  # of Python and MLX, per layer; threads' stacks and what the allocator rounds up come on top
     predictor: int
     units: tuple[int, ...]  # per layer
-    demand: tuple[float, ...]  # per layer, how many units its tokens tend to want; capacity follows it
+    curves: tuple[MissCurve, ...] | None  # per layer; capacities follow them (None: the same share of every layer)
     slot: int  # one unit in a pool
     stride: int  # one record on disk
     kv_token: int  # key-value cache of one token
@@ -145,7 +149,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int, available: int | N
         )
     reserves = _reserves(sizes, context, memory - least)
     pools = memory - fixed - sum(reserves.values())
-    capacities = _share(sizes, pools // sizes.slot)
+    capacities = split_slots(sizes.units, sizes.curves, pools // sizes.slot)
     return Plan(
         memory=memory,
         resident=sizes.resident,
@@ -235,22 +239,38 @@ def _least_staging(sizes: Sizes) -> int:
     return sizes.stride + (3 << 12)
 
 
-def _share(sizes: Sizes, slots: int) -> tuple[int, ...]:
-    """Split `slots` between layers in proportion to demand, no layer under MIN_SLOTS or over its units."""
-    capacities = [min(MIN_SLOTS, n) for n in sizes.units]
+def split_slots(units: tuple[int, ...], curves: tuple[MissCurve, ...] | None, slots: int) -> tuple[int, ...]:
+    """`slots` shared out to layers of `units`: by miss curves where there are any, else evenly; MIN_SLOTS at least.
+
+    Slots go where each saves most misses, along the lower convex hull of every layer's curve.
+    """
+    capacities = [min(MIN_SLOTS, n) for n in units]
     left = slots - sum(capacities)
-    open_layers = list(range(len(capacities)))
-    while left > 0 and open_layers:
-        demand = sum(sizes.demand[i] for i in open_layers)
-        grants = {i: int(left * sizes.demand[i] / demand) if demand else left // len(open_layers) for i in open_layers}
-        if not any(grants.values()):
-            break
-        for i, grant in grants.items():
-            taken = min(grant, sizes.units[i] - capacities[i])
-            capacities[i] += taken
-            left -= taken
-        open_layers = [i for i in open_layers if capacities[i] < sizes.units[i]]
+    steps = [(saved, layer, until) for layer, n in enumerate(units) for saved, until in _steps(curves, layer, n)]
+    for _, group in groupby(sorted(steps, key=itemgetter(0), reverse=True), key=itemgetter(0)):
+        wanted = {layer: until - capacities[layer] for _, layer, until in group if until > capacities[layer]}
+        share = min(1.0, left / max(1, sum(wanted.values())))
+        for layer, count in wanted.items():
+            capacities[layer] += int(share * count)
+        left = slots - sum(capacities)
     return tuple(capacities)
+
+
+def _steps(curves: tuple[MissCurve, ...] | None, layer: int, units: int) -> list[tuple[float, int]]:
+    """A layer's slots in steps of falling worth: misses that each slot of a step saves, and where the step ends."""
+    if curves is None:
+        return [(0.0, units)]
+    corners: list[tuple[int, float]] = []
+    for share, misses in zip(curves[layer].shares, curves[layer].misses, strict=True):
+        point = (int(share * units), misses)
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-2], point):
+            corners.pop()
+        corners.append(point)
+    return [(-_slope(a, b), b[0]) for a, b in pairwise(corners) if b[0] > a[0]]
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / max(1, b[0] - a[0])
 
 
 def parse_memory(text: str | int | None, model_bytes: int) -> int | None:

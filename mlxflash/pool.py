@@ -61,11 +61,12 @@ class Source:
 class Staging:
     """A page-aligned buffer between disk and slots, made on first use.
 
+    Of two records on disk, up to `gap` bytes apart, those between are read too: cheaper than another read.
     The windows of a model share one; `user` is the landing that has it, from its first read to its last copy.
     """
 
-    def __init__(self, num_bytes: int = STAGING_BYTES):
-        self.num_bytes = num_bytes
+    def __init__(self, num_bytes: int = STAGING_BYTES, gap: int = 0):
+        self.num_bytes, self.gap = num_bytes, gap
         self.user: _StagedLanding | None = None
         self._memory: memoryview | None = None
 
@@ -190,7 +191,7 @@ class _StagedLanding:
         place: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
     ):
         self._reader, self._file, self._staging, self._slots, self._place = reader, file, staging, slots, place
-        self._rounds = _extents(record, positions, staging.num_bytes, BLOCK_BYTES if file.direct else 1)
+        self._rounds = _extents(record, positions, staging.num_bytes, BLOCK_BYTES if file.direct else 1, staging.gap)
         self._first: Landing | None = None
         self._error: OSError | None = None
         if self._rounds and staging.user is None:
@@ -224,25 +225,28 @@ class _StagedLanding:
                 self._staging.user = None
 
 
-def _extents(record: Record, positions: np.ndarray, capacity: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _extents(
+    record: Record, positions: np.ndarray, capacity: int, block: int, gap: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Reads of whole blocks that cover the records at `positions` (ascending), in rounds of at most `capacity` bytes.
 
     A round is its spans, uint64 [n, 3], packed into the buffer, and where each of its records then begins, int64.
-    Records that share or neighbour a block share an extent.
+    Records that share or neighbour a block, or lie no more than `gap` bytes apart, share an extent.
     """
     begin = HEADER_BYTES + positions * record.stride
     low = begin // block * block
     high = -(-(begin + record.num_bytes) // block) * block
     if len(positions) and int((high - low).max()) > capacity:
         raise ValueError(f"records of {record.num_bytes} bytes do not fit a staging buffer of {capacity} bytes")
-    added = np.cumsum(high - np.maximum(low, np.concatenate(([0], high[:-1]))))
+    before = np.concatenate(([-gap - 1], high[:-1]))
+    added = np.cumsum(high - np.where(low <= before + gap, before, low))
     rounds, start = [], 0
     while start < len(positions):
         # A round that begins inside a shared block reads that block again, hence the one block kept in hand.
-        before = int(added[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(added, before + capacity - block, "right")))
+        done = int(added[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(added, done + capacity - block, "right")))
         lo, hi, at = low[start:stop], high[start:stop], begin[start:stop]
-        first = np.flatnonzero(np.concatenate(([True], lo[1:] > hi[:-1])))
+        first = np.flatnonzero(np.concatenate(([True], lo[1:] > hi[:-1] + gap)))
         length = hi[np.append(first[1:], len(lo)) - 1] - lo[first]
         offset = np.cumsum(length) - length
         extent = np.repeat(np.arange(len(first)), np.diff(first, append=len(lo)))

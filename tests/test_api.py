@@ -171,7 +171,10 @@ def test_equal_calls_give_equal_logits_where_a_layer_fits_whole(library, tmp_pat
     """Rows that an earlier generation left behind would make the next one's estimates better."""
     path = shutil.copytree(library.bundle(Shape(layers=3, ffn=2048)), tmp_path / "copy")
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["calibration"]["demand"] = [2000.0, 50.0, 50.0]
+    steep, flat = [2000.0, 1000.0, 0.0], [1.0, 0.5, 0.0]
+    figures = {"recall": 1.0, "perplexity_change": 0.0, "margin": 0.75}
+    figures["misses"] = {"shares": [0.0, 0.5, 1.0], "layers": [steep, flat, flat]}
+    manifest["calibration"]["low-bit"] = figures
     (path / "manifest.json").write_text(json.dumps(manifest))
     model, tokenizer = load(path, memory="6.5MB", max_kv_size=CONTEXT)
     with model:

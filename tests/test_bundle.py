@@ -267,8 +267,9 @@ DELETE = object()
 NUMBERS = [True, False, -1, 0, 1 << 40, 10**30, 1.5, float("nan")]
 BAD = [DELETE, None, *NUMBERS, "x", "", [], [0], {}, "../x", "/etc/passwd"]
 TOLD = {"source", "order", "model_type"}  # of a manifest: for people, nothing is computed with it
-FIGURES = [("demand", 0), ("demand", 1), ("low-bit", "recall"), ("low-bit", "perplexity_change"), ("low-bit", "margin")]
-CALIBRATION = {"demand": [30.5, 20], "low-bit": {"recall": 0.95, "perplexity_change": 0.01, "margin": 0.75}}
+FIGURES = [("low-bit", "recall"), ("low-bit", "perplexity_change"), ("low-bit", "margin")]
+MISSES = {"shares": [0.0, 0.5, 1.0], "layers": [[30.5, 20.0, 1.5], [25.0, 2.5, 0.5]]}
+CALIBRATION = {"low-bit": {"recall": 0.95, "perplexity_change": 0.01, "margin": 0.75, "misses": MISSES}}
 
 
 @pytest.mark.parametrize("place", ["record", "record in headers too", "quantization", "rest"])
@@ -293,7 +294,10 @@ def test_any_value_of_a_manifest(library, tmp_path, bits, place):
     same = {("calibration", "nothing"), ("calibration", "{}"), ("quantization", "nothing")}
     same |= {(*where, "nothing") for where in places(manifest) if where[-1] == "offset" or where[0] == "calibration"}
     same |= {("calibration", *which, str(bad)) for which in FIGURES for bad in (-1, 0, 1 << 40, 10**30, 1.5)}
-    same -= {("calibration", "demand", i, "-1") for i in range(2)}
+    same |= {("calibration", "low-bit", "misses", "nothing")}
+    same |= {
+        ("calibration", "low-bit", "misses", "layers", i, j, "1.5") for i in range(2) for j in range(3)
+    }  # still falling
     assert not {w: what for w, what in outcome.items() if what != "refused" and w not in same and w[0] not in TOLD}
     assert "refused" in outcome.values()
 

@@ -14,27 +14,40 @@ import numpy as np
 import pytest
 
 from build import Shape, load, prompt_of
+from mlxflash.misses import MissCurve
 from mlxflash.model import load_bundle
 from mlxflash.plan import MIN_SLOTS, RUNTIME_BYTES, BudgetError, Plan, Sizes, format_bytes, make_plan, parse_memory
 from test_exactness import assert_exact
 
 KB, MB, GB = 1000, 1000**2, 1000**3
 
+SHARES = (0.0, 0.05, 0.2, 0.5, 1.0)
+
+
+def curves_of(units, wanted):
+    """Miss curves that fall as real ones do: fast at first."""
+    falls = (1.0, 0.6, 0.25, 0.05, 0.0)
+    return tuple(MissCurve(n, SHARES, tuple(w * f for f in falls)) for n, w in zip(units, wanted, strict=True))
+
+
 OPT_67B = Sizes(
     model=13_316 * MB, resident=4_440 * MB, objects=5 * MB, predictor=940 * MB, units=(16384,) * 32,
-    demand=(300.0,) * 32, slot=16388, stride=16384, kv_token=524_288, activation_token=131_072,
-    score_token=256, activation_item=2,
-    vocabulary=50272, staged=False,
+    curves=curves_of((16384,) * 32, (300.0,) * 32), slot=16388, stride=16384, kv_token=524_288,
+    activation_token=131_072, score_token=256, activation_item=2, vocabulary=50272, staged=False,
 )  # fmt: skip
 STAGED = replace(OPT_67B, slot=18180, stride=18176, staged=True, units=(18176,) * 32)
-UNEVEN = replace(OPT_67B, units=(4096, 100, 5, 16384) * 3, demand=(10.0, 5000.0, 0.0, 700.0) * 3)
-NO_DEMAND = replace(OPT_67B, predictor=0, units=(64, 512), demand=(0.0, 0.0))
+UNEVEN = replace(
+    OPT_67B,
+    units=(4096, 100, 5, 16384) * 3,
+    curves=curves_of((4096, 100, 5, 16384) * 3, (10.0, 80.0, 0.0, 700.0) * 3),
+)
+NO_CURVES = replace(OPT_67B, predictor=0, units=(64, 512), curves=None)
 TINY = Sizes(
-    model=700 * KB, resident=200 * KB, objects=9 * KB, predictor=0, units=(2048, 2048), demand=(256.0, 256.0),
-    slot=516, stride=512, kv_token=1024, activation_token=4096, score_token=32, activation_item=4,
-    vocabulary=300, staged=True,
+    model=700 * KB, resident=200 * KB, objects=9 * KB, predictor=0, units=(2048, 2048),
+    curves=curves_of((2048, 2048), (256.0, 256.0)), slot=516, stride=512, kv_token=1024, activation_token=4096,
+    score_token=32, activation_item=4, vocabulary=300, staged=True,
 )  # fmt: skip
-MODELS = {"6.7b": OPT_67B, "staged": STAGED, "uneven": UNEVEN, "no demand": NO_DEMAND, "tiny": TINY}
+MODELS = {"6.7b": OPT_67B, "staged": STAGED, "uneven": UNEVEN, "no curves": NO_CURVES, "tiny": TINY}
 CONTEXTS = (1, 512, 4096)
 
 
@@ -133,12 +146,36 @@ def test_memory_is_put_to_use(name):
         assert plan.pools >= wanted - len(sizes.units) * sizes.slot
 
 
-def test_slots_follow_demand():
-    sizes = replace(OPT_67B, demand=(100.0,) * 16 + (300.0,) * 16)
-    plan = make_plan(sizes, 8 * GB, 512)
-    assert len(set(plan.capacities[:16])) <= 2
-    low, high = plan.capacities[0] - MIN_SLOTS, plan.capacities[-1] - MIN_SLOTS
-    assert abs(high - 3 * low) <= 4
+def missed(curves, capacities):
+    return sum(curve.at(held) for curve, held in zip(curves, capacities, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_split_of_the_slots_misses_less(seed):
+    """Beside a thousand random splits, for random curves that are convex from corner to corner."""
+    rng = np.random.default_rng(seed)
+    units, wanted = (16384,) * 6, rng.uniform(10, 3000, 6)
+    shares = (0.0, *np.sort(rng.uniform(0.02, 0.9, 4)), 1.0)
+    curves = []
+    for w in wanted:
+        slopes = np.sort(rng.uniform(0, 1, 5))[::-1] * np.diff(shares)
+        falls = np.cumsum(np.concatenate(([0.0], slopes / slopes.sum())))
+        curves.append(MissCurve(16384, shares, tuple(w * (1 - falls))))
+    sizes = replace(OPT_67B, units=units, curves=tuple(curves), predictor=0, resident=1 * GB)
+    plan = make_plan(sizes, 2 * GB, 512)
+    total = sum(plan.capacities)
+    assert MIN_SLOTS * 6 < total < sum(units)
+    ours = missed(curves, plan.capacities)
+    for _ in range(1000):
+        split = MIN_SLOTS + (total - MIN_SLOTS * 6) * rng.dirichlet(np.ones(6))
+        if (split <= 16384).all():
+            assert ours <= missed(curves, split) + 1e-3 * sum(wanted)
+
+
+def test_layers_without_curves_share_evenly():
+    plan = make_plan(replace(NO_CURVES, units=(4096, 16384)), smallest(NO_CURVES, 512) + 100 * MB, 512)
+    first, second = (capacity - MIN_SLOTS for capacity in plan.capacities)
+    assert abs(second / first - (16384 - MIN_SLOTS) / (4096 - MIN_SLOTS)) < 0.01
 
 
 @pytest.mark.parametrize("context", CONTEXTS)

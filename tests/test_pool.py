@@ -74,13 +74,14 @@ def some(rng, slots=SLOTS):
 @pytest.mark.parametrize("staging", ["one record", "a few", "all"])
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("kind", ["records", "parts"])
-def test_units_land_in_their_slots(units, record, kind, direct, staging):
+@pytest.mark.parametrize("gap", [0, 5000, 1 << 20])
+def test_units_land_in_their_slots(units, record, kind, direct, staging, gap):
     path, data = units
     file, reader = File(path, direct), make_reader()
     if direct and not file.direct:
         pytest.skip("this filesystem refuses direct reads")
     size = {"one record": 1, "a few": 4, "all": UNITS}[staging] * least_staging(record)
-    shared = Staging(size)
+    shared = Staging(size, gap)
     pools = [Slots(kind, record, shared) for _ in range(3)]
     rng = np.random.default_rng(1)
     for _ in range(6):
@@ -116,6 +117,21 @@ def test_rows_move_and_are_taken_whole(units, record, kind):
         one.want[into] = other.want[sources]
         one.assert_held()
         other.assert_held()
+    reader.close()
+    file.close()
+
+
+@pytest.mark.parametrize(("gap", "reads"), [(0, 3), (3 * 4096, 3), (4 * 4096, 2), (1 << 20, 1)])
+def test_small_gaps_are_read_through(tmp_path, gap, reads):
+    record = RECORDS["padded"]
+    positions = np.array([0, 5, 300, 900])  # every 80 bytes: in blocks 4, 4, 9 and 21
+    (tmp_path / "layer").write_bytes(bytes(HEADER_BYTES + 1000 * record.stride))
+    file, reader = File(tmp_path / "layer", direct=True), make_reader()
+    if not file.direct:
+        pytest.skip("this filesystem refuses direct reads")
+    slots = Slots("records", record, Staging(1 << 20, gap))
+    slots.rows.land(reader, file, positions, np.arange(4)).wait()
+    assert reader.num_reads == reads
     reader.close()
     file.close()
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlxflash._native import core
 from mlxflash.backends import FFN, Matrix, Traffic, stagings
+from mlxflash.backends.attention import replace_attention
 from mlxflash.bundle import Manifest
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
@@ -38,8 +39,8 @@ class CPUBackend:
     def available_memory(self) -> int | None:
         return None
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        return stagings(plan)
+    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
+        return stagings(plan, gap)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         return mx.float32
@@ -72,7 +73,7 @@ class CPUBackend:
         return read_host(found, reader, direct)
 
     def place(self, model: nn.Module, weights: dict[str, Any]) -> None:
-        """Replace linear layers and embeddings by native ones that take their weights out of `weights`."""
+        """Replace attention, and linear layers and embeddings by ones that take their weights out of `weights`."""
         for path, module in model.named_modules():
             linear = isinstance(module, (nn.Linear, nn.QuantizedLinear))
             if linear or isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
@@ -83,6 +84,7 @@ class CPUBackend:
                 matrix = _take_matrix(path, module, weights)
                 bias = weights.pop(f"{path}.bias").mlx() if "bias" in module else None
                 setattr(owner, name, NativeLinear(matrix, bias) if linear else NativeEmbedding(matrix))
+        replace_attention(model)
         for name, array in weights.items():
             weights[name] = array.mlx().astype(mx.float32) if len(array.shape) < 2 else array.mlx()
 

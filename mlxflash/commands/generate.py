@@ -139,11 +139,12 @@ def footer(response: Any) -> str:
             f"\nDevice: {format_bytes(flash.transfer_bytes)} sent per token, {flash.tier_hit_rate:.1%} of its units"
             f" from the host tier, {flash.pool_copies} whole-pool copies"
         )
+    foreseen = f" (forecast {flash.forecast_tps:.1f})" if flash.forecast_tps else ""
     return (
         f"Mode: {flash.mode}\n"
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens-per-sec, "
         f"first token after {response.ttft_s:.2f} s\n"
-        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens-per-sec{foreseen}\n"
         f"Peak memory: {response.peak_memory:.3f} GB MLX, {flash.peak_rss_gb:.3f} GB process\n"
         f"Flash: {format_bytes(flash.bytes_per_token)} and {flash.reads_per_token:.0f} reads per token, "
         f"hit rate {flash.hit_rate:.1%}, {flash.held_share:.1%} of the feed-forward units held" + sent
@@ -159,6 +160,7 @@ def _as_json(text: str, response: Any) -> dict[str, Any]:
         "generation_tokens": response.generation_tokens,
         "prompt_tps": response.prompt_tps,
         "generation_tps": response.generation_tps,
+        "forecast_tps": flash.forecast_tps,
         "ttft_s": response.ttft_s,
         "peak_memory_gb": response.peak_memory,
         "peak_rss_gb": flash.peak_rss_gb,

@@ -1,0 +1,71 @@
+"""How many units a layer's tokens miss, by how many it holds: simulated with the real window on recorded text.
+
+`calibrate` stores a curve for each layer. The planner splits memory between layers by them, and forecasts with them how
+much a token reads.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from mlxflash.window import Window
+
+SHARES = (0.0, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
+MOST_TOKENS = 512  # simulated; more change little
+WARM = 4  # the first quarter fills the memory and is not counted
+
+
+@dataclass(frozen=True)
+class MissCurve:
+    """A layer that holds shares[i] of its units misses misses[i] of them per token (of none, or one: all it wants);
+    misses never rise."""
+
+    units: int
+    shares: tuple[float, ...]
+    misses: tuple[float, ...]
+
+    def at(self, held: int) -> float:
+        """Units missed per token by a layer that holds `held`, between what was simulated on a line."""
+        return float(np.interp(held / self.units, self.shares, self.misses))
+
+
+class _NoRows:
+    """Memory for a window of which only the maps matter."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+
+    def settle(self, discard: bool = False) -> None: ...
+
+    def land(self, *_: Any) -> "_NoRows":
+        return self
+
+    def wait(self) -> None: ...
+
+    def move(self, *_: Any) -> None: ...
+
+    def take(self, *_: Any) -> None: ...
+
+
+def misses_per_token(wanted: np.ndarray, held: int) -> float:
+    """Units read per token by a layer that holds `held` of them; wanted: bool [tokens, units]."""
+    window = Window(wanted.shape[1], _NoRows(held), cast(Any, None), cast(Any, None))
+    warm = len(wanted) // WARM
+    before = 0
+    for token, row in enumerate(wanted):
+        if token == warm:
+            before = window.num_misses
+        ticket = window.request(np.flatnonzero(row))
+        window.ready(ticket)
+        while len(ticket.left):
+            window.next(ticket)
+    return (window.num_misses - before) / (len(wanted) - warm)
+
+
+def miss_curve(wanted: np.ndarray) -> MissCurve:
+    """The curve of a layer whose tokens want `wanted`, bool [tokens, units]; the last MOST_TOKENS are simulated."""
+    wanted = wanted[-MOST_TOKENS:]
+    units = wanted.shape[1]
+    misses = [misses_per_token(wanted, max(1, int(share * units))) for share in SHARES]
+    return MissCurve(units, SHARES, tuple(np.minimum.accumulate(misses).round(2).tolist()))

@@ -1,0 +1,98 @@
+"""The forecast: adds up by hand, moves the right way, and its machine profile is measured once and distrusted after."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import mlx.core as mx
+import pytest
+
+from build import UNTIED
+from mlxflash import forecast as forecasts
+from mlxflash.backends import make_backend
+from mlxflash.forecast import LAYER_STEPS, MachineProfile, Work, forecast, machine_profile
+from mlxflash.model import load_bundle
+from mlxflash.plan import BudgetError, make_plan
+from test_diskprofile import made
+from test_plan import GB, OPT_67B
+
+MACHINE = MachineProfile({"float16": 40e9, "3": 20e9, "float32": 50e9}, 5e-5)
+PLAN = make_plan(OPT_67B, 8 * GB, 384)
+WORK = Work(
+    resident=4 * GB, kind="float16", predictor_kind="3", slot=16384, stride=16384, kv=100_000_000, misses=(300.0,) * 32
+)
+
+
+def seconds(disk=None, **changes):
+    return forecast(PLAN, replace(WORK, **changes), MACHINE, disk).seconds
+
+
+def test_what_is_held_takes_its_bytes_over_its_rate():
+    own = WORK.resident / 40e9 + PLAN.predictor / 20e9 + WORK.kv / 50e9 + 32 * LAYER_STEPS * 5e-5
+    rows = sum(PLAN.capacities) * 16384 / 40e9
+    assert seconds(misses=(0.0,) * 32) == pytest.approx(own + rows)
+
+
+def test_reads_hide_behind_held_rows_but_not_behind_what_names_them():
+    fast, slow = made(overhead=1e-9, rate=1e12, latency=1e-9), made(overhead=1e-3)
+    nothing_read = seconds()
+    assert seconds(fast) == pytest.approx(nothing_read, rel=1e-6)
+    own = nothing_read - (sum(PLAN.capacities) + 300 * 32) * 16384 / 40e9
+    assert seconds(slow) == pytest.approx(own + 32 * slow.batch(16384, 300) + 300 * 32 * 16384 / 40e9)
+
+
+@pytest.mark.parametrize("overhead", [1e-6, 1e-5, 1e-4])
+def test_looking_ahead_without_error_never_takes_longer(overhead):
+    disk = made(overhead=overhead, latency=1e-9)  # where two batches cost what one does
+    times = [seconds(disk, recall=recall) for recall in (0.0, 0.3, 0.6, 1.0)]
+    assert all(b <= a * 1.01 for a, b in pairwise(times))
+
+
+def test_fewer_misses_take_less():
+    disk = made()
+    times = [seconds(disk, misses=(n,) * 32) for n in (0.0, 10.0, 100.0, 1000.0)]
+    assert times == sorted(times)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXFLASH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(forecasts, "MATRIX_BYTES", 1 << 20)
+    return tmp_path / "cache" / "machines"
+
+
+def test_a_kind_is_measured_once(kept, monkeypatch):
+    with mx.stream(mx.cpu):
+        backend = make_backend("cpu")
+        first = machine_profile(backend, {"float32", "3"})
+        more = machine_profile(backend, {"float16"})
+        monkeypatch.setattr(forecasts, "_median", None)  # measuring again would fail
+        assert machine_profile(backend, {"float32", "3", "float16"}) == more
+    assert first.rates.items() <= more.rates.items()
+    assert first.step == more.step > 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", '{"rates": {"3": -1.0}, "step": 1.0}', '{"rates": {"3": NaN}, "step": 1.0}', '{"rates": 3}'],
+)
+def test_a_damaged_profile_is_measured_again(kept, damage):
+    with mx.stream(mx.cpu):
+        backend = make_backend("cpu")
+        machine_profile(backend, {"3"})
+        [file] = kept.iterdir()
+        file.write_text(damage)
+        assert machine_profile(backend, {"3"}).rates["3"] > 0
+    assert json.loads(file.read_text())["rates"]["3"] > 0
+
+
+def test_a_model_held_whole_has_a_forecast_and_cached_reads_have_none(kept, library):
+    path = library.bundle(UNTIED)
+    with load_bundle(path, memory="1GB", max_kv_size=64, direct=False) as model:
+        assert model.flash.plan.whole
+        assert "forecast" in model.flash.describe()
+    with pytest.raises(BudgetError) as caught:
+        load_bundle(path, memory=1, max_kv_size=64)
+    with load_bundle(path, memory=caught.value.smallest, max_kv_size=64, direct=False) as model:
+        assert not model.flash.plan.whole
+        assert model.flash.forecast is None
