@@ -5,6 +5,7 @@ much as attention does, and the logits spread widely: a unit lost shows far abov
 """
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 
@@ -217,7 +218,7 @@ def _native():
 def _discrete():
     from mlxflash.backends import make_backend
 
-    return make_backend("discrete")
+    return make_backend(os.environ.get("MLXFLASH_DISCRETE", "discrete"))  # gpu.sh says cuda
 
 
 BACKENDS = {

@@ -209,7 +209,7 @@ class DeviceRows(MLXRows):
                 new[p.name] = mx.array(np.concatenate(values))
             else:
                 part = records[:, p.offset // self._word : (p.offset + p.num_bytes) // self._word]
-                new[p.name] = part.view(DTYPES[p.dtype])
+                new[p.name] = part.view(DTYPES[p.dtype]).reshape(len(slots), *p.shape)
         self._update(_indices(slots), new, records)
         for a in arrived:
             old = self._unit_at[a.slots]
