@@ -131,6 +131,20 @@ def calibrate(
     return Bundle.open(bundle.path)
 
 
+def exact_inputs(
+    bundle: Bundle, tokens: np.ndarray, memory: str | int | None, device: str | None, progress: Progress
+) -> list[np.ndarray]:
+    """What each layer's FFN is given on a text, float32 [tokens, d_model], by one exact pass."""
+    with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
+        sequences = _sequences(model, tokens, len(tokens), progress)
+        recorders = record_inputs(model)
+        for i, sequence in enumerate(sequences):
+            progress("exact pass", i, len(sequences))
+            mx.eval(model(mx.array(sequence[None])))
+        progress("exact pass", len(sequences), len(sequences))
+        return [recorder.inputs() for recorder in recorders]
+
+
 def check_length(tokens: np.ndarray) -> None:
     """Raises ValueError for a text too short to measure on."""
     if len(tokens) < LEAST_TOKENS:

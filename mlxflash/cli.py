@@ -63,6 +63,7 @@ def parser() -> Parser:
     prepare.add_convert(verbs.add_parser("convert", help="convert a checkpoint into a bundle"))
     prepare.add_calibrate(verbs.add_parser("calibrate", help="measure a bundle's predictor on text"))
     prepare.add_train(verbs.add_parser("train", help="train a low-rank predictor for a bundle"))
+    prepare.add_reorder(verbs.add_parser("reorder", help="copy a bundle so that units missed together lie together"))
     inspect.add_info(verbs.add_parser("info", help="say what a bundle is"))
     inspect.add_verify(verbs.add_parser("verify", help="check every record of a bundle against its checksum"))
     return top

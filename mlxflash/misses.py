@@ -48,6 +48,24 @@ class _NoRows:
     def take(self, *_: Any) -> None: ...
 
 
+def missed_units(wanted: np.ndarray, share: float) -> np.ndarray:
+    """Which units each token of `wanted`, bool [tokens, units], misses where `share` of them are held: bool, alike."""
+    window = Window(wanted.shape[1], _NoRows(max(1, int(share * wanted.shape[1]))), cast(Any, None), cast(Any, None))
+    missed = np.zeros_like(wanted)
+    for token, row in enumerate(wanted):
+        ids = np.flatnonzero(row)
+        missed[token, ids[window.slot_of[ids] < 0]] = True
+        _bring(window, ids)
+    return missed
+
+
+def _bring(window: Window, ids: np.ndarray) -> None:
+    ticket = window.request(ids)
+    window.ready(ticket)
+    while len(ticket.left):
+        window.next(ticket)
+
+
 def misses_per_token(wanted: np.ndarray, held: int) -> float:
     """Units read per token by a layer that holds `held` of them; wanted: bool [tokens, units]."""
     window = Window(wanted.shape[1], _NoRows(held), cast(Any, None), cast(Any, None))
@@ -56,10 +74,7 @@ def misses_per_token(wanted: np.ndarray, held: int) -> float:
     for token, row in enumerate(wanted):
         if token == warm:
             before = window.num_misses
-        ticket = window.request(np.flatnonzero(row))
-        window.ready(ticket)
-        while len(ticket.left):
-            window.next(ticket)
+        _bring(window, np.flatnonzero(row))
     return (window.num_misses - before) / (len(wanted) - warm)
 
 
