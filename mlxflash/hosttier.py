@@ -1,16 +1,17 @@
-"""Host memory between flash and a device that does not share it: units land here, and some of them stay.
+"""Host memory between flash and a device that does not share it: units land here, and those it gives up stay.
 
 One page-aligned buffer of slots shaped like records, in two areas. Units pass through the first, a ring: they land,
-the device copies them, and their slots are free again. The second keeps units on their way, as long as nothing worth
-more needs the room, so that the next miss of the device costs a copy over the bus and no read.
+the device copies them, and their slots are free again. The second, the tier, keeps what the device gave up, so that a
+later miss of the device costs a copy over the bus and no read. Nothing is in both: what a window takes from the tier
+leaves it, and what a window overwrites comes to it, over the direction of the bus that is idle. Of streams it keeps
+what passes while there is room. Who has been here longest unused leaves.
 
-What the device holds need not be here as well. Nothing is copied back from the device, so a unit is kept from the
-moment it is read, not from the moment the device gives it up; but copies of what the device holds leave first, those
-the device has had longest before the others. Measured on traces in RESULTS.md ("Host tier").
+Copying back is worth it: on traces it saves 1.4 to 2.7 times the reads that keeping what was read saves (RESULTS.md).
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -51,59 +52,76 @@ class HostTier:
         self._head = self._tail = 0  # of the ring, counted without wrapping
         self._visits: deque[Visit] = deque()
         self._in_use = np.zeros(self.kept, np.int32)
-        self._file: list[str | None] = [None] * self.kept
+        self._file = [""] * self.kept
         self._unit = np.full(self.kept, -1, np.int64)
-        self._used = np.zeros(self.kept, np.int64)  # when a slot's unit was wanted last
-        self._on_device = np.zeros(self.kept, bool)
-        self._clock = 0
+        self._order: OrderedDict[int, None] = OrderedDict()  # slots with units, who came or was wanted first the first
+        self._free = list(range(self.kept))[::-1]
         self._slot_of.clear()
         if self._rows is not None:
             self._rows._staging.reset()
 
-    def bring(self, reader: Reader, source: Source, units: np.ndarray, keep: str, owner: Any) -> "Visit | None":
+    def bring(self, reader: Reader, source: Source, units: np.ndarray, takes: bool, owner: Any) -> "Visit | None":
         """Start bringing `units`, int64 [n], ascending, n <= chunk; None where the ring has no room for them now.
 
-        `keep` says which of those not kept yet may be: "worth" those for which something worth less can leave,
-        "room" only where there is room, "no" none. `owner.finish()` completes what a caller waits with.
+        A window `takes` them: what the tier has leaves it. Others, streams, leave it there, and what they read stays
+        while there is room. `owner.finish()` completes what a caller waits with.
         """
-        self._clock += 1
         map_ = self._map(source, units)
         slots = map_[units].astype(np.int64) if self.kept else np.full(len(units), -1, np.int64)
         missing = np.flatnonzero(slots < 0)
         here = slots[slots >= 0]
-        stay = self._places(len(missing), keep, here) if self.kept and len(missing) else np.empty(0, np.int64)
+        stay = np.empty(0, np.int64) if takes else self._empty(len(missing))
         passing = len(missing) - len(stay)
         start = self._ring(passing)
         if start is None:
+            self._free += stay.tolist()
             return None
+        self._in_use[stay] += 1
+        self._in_use[here] += 1
+        if takes:
+            self._drop(here)
+        else:
+            for slot in here.tolist():
+                self._order.move_to_end(slot)
         slots[slots >= 0] += self.passing
         slots[missing[: len(stay)]] = self.passing + stay
-        slots[missing[len(stay) :]] = start % max(self.passing, 1) + np.arange(passing)
+        slots[missing[len(stay) :]] = start % self.passing + np.arange(passing)
         self._head = start + passing
-        for slot in stay.tolist():
-            self._drop(slot)
         kept = np.concatenate((here, stay))
-        self._in_use[kept] += 1
-        self._used[kept] = self._clock
-        self._on_device[kept] = False
         visit = Visit(self, source, units[missing[: len(stay)]], stay, kept, slots, self._head, owner, len(here))
         self._visits.append(visit)
         if len(missing):
             try:
                 visit.landing = self.rows.land(reader, source.file, units[missing], slots[missing])
             except OSError:
-                visit.leave(lambda: None, on_device=False)
+                visit.leave(lambda: None)
                 raise
         return visit
 
-    def given_up(self, source: Source, units: np.ndarray) -> None:
-        """The device no longer holds `units`: copies of them are worth keeping from now on."""
-        map_ = self._slot_of.get(source.file.path)
-        if map_ is not None:
-            slots = map_[units[units < len(map_)]]
-            slots = slots[slots >= 0]
-            self._on_device[slots] = False
-            self._used[slots] = self._clock
+    def places(self, count: int) -> np.ndarray:
+        """At most `count` slots of the tier for units that the device gives up; in use until `keep` fills them."""
+        places = self._empty(count)
+        if len(places) < count:
+            oldest = (slot for slot in self._order if not self._in_use[slot])
+            able = np.fromiter(islice(oldest, count - len(places)), np.int64)
+            self._drop(able)
+            places = np.concatenate((places, self._empty(len(able))))
+        self._in_use[places] += 1
+        return places
+
+    def keep(self, source: Source, units: np.ndarray, places: np.ndarray) -> None:
+        """Units that the device gave up, int64 [n], now lie in `places`."""
+        map_ = self._map(source, np.sort(units))
+        self._drop(map_[units][map_[units] >= 0].astype(np.int64))  # a stream's copy, older than this one
+        self._note(source, units, places)
+        self._in_use[places] -= 1
+
+    def _note(self, source: Source, units: np.ndarray, places: np.ndarray) -> None:
+        self._map(source, np.sort(units))[units] = places
+        self._unit[places] = units
+        for place in places.tolist():
+            self._file[place] = source.file.path
+            self._order[place] = None
 
     def oldest(self) -> Any:
         """The owner of the visit that has been here longest."""
@@ -119,25 +137,25 @@ class HostTier:
             self._slot_of[source.file.path] = map_ = grown
         return map_
 
-    def _places(self, count: int, keep: str, wanted: np.ndarray) -> np.ndarray:
-        """At most `count` kept slots for units that come: empty ones, then what is worth least."""
-        if keep == "no":
-            return np.empty(0, np.int64)
-        empty = np.flatnonzero((self._unit < 0) & (self._in_use == 0))[:count]
-        if len(empty) == count or keep == "room":
-            return empty
-        self._reap()
-        able = (self._in_use == 0) & (self._unit >= 0)
-        able[wanted] = False
-        able = np.flatnonzero(able)
-        order = np.lexsort((self._used[able], ~self._on_device[able]))
-        return np.concatenate((empty, able[order[: count - len(empty)]]))
+    def _empty(self, count: int) -> np.ndarray:
+        """At most `count` slots of the tier where nothing lies, no longer counted as free."""
+        if len(self._free) < count:
+            self._reap()
+        first = max(0, len(self._free) - count)
+        taken, self._free = self._free[first:], self._free[:first]
+        return np.array(taken, np.int64)
 
-    def _drop(self, slot: int) -> None:
-        file = self._file[slot]
-        if file is not None:
-            self._slot_of[file][self._unit[slot]] = -1
-        self._file[slot], self._unit[slot] = None, -1
+    def _drop(self, slots: np.ndarray) -> None:
+        """What lies in `slots` is no longer to be found; they are free as soon as nobody uses them."""
+        for slot in slots.tolist():
+            del self._order[slot]
+            self._slot_of[self._file[slot]][self._unit[slot]] = -1
+        self._unit[slots] = -1
+        self._free += slots[self._in_use[slots] == 0].tolist()
+
+    def _release(self, slots: np.ndarray) -> None:
+        self._in_use[slots] -= 1
+        self._free += slots[(self._in_use[slots] == 0) & (self._unit[slots] < 0)].tolist()
 
     def _ring(self, count: int) -> int | None:
         """Where `count` neighbouring slots of the ring are free, without wrapping; None where they are not."""
@@ -164,7 +182,7 @@ class HostTier:
             return False
         visit.copied()
         self._visits.popleft()
-        self._in_use[visit.kept] -= 1
+        self._release(visit.kept)
         self._tail = visit.end
         return True
 
@@ -193,15 +211,10 @@ class Visit:
         """Until every unit is there; raises the read's error, and nothing it was to bring is then kept."""
         if self.landing is not None:
             self.landing.wait()
-        tier, path = self._tier, self._source.file.path
         if len(self._stay):
-            tier._slot_of[path][self._units] = self._stay
-            tier._unit[self._stay] = self._units
-            for slot in self._stay.tolist():
-                tier._file[slot] = path
+            self._tier._note(self._source, self._units, self._stay)
         self.landing = None
 
-    def leave(self, copied: Callable[[], object], on_device: bool = True) -> None:
+    def leave(self, copied: Callable[[], object]) -> None:
         """The device was asked to copy the units and `copied()` waits until it has."""
         self.copied = copied
-        self._tier._on_device[self.kept] = on_device

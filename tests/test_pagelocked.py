@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from mlxflash.backends import pagelocked  # noqa: E402
 from mlxflash.backends.cuda import DeviceBackend  # noqa: E402
-from mlxflash.backends.pagelocked import RESULT_BODY, ROWS_BODY, Bus, _works, open_bus  # noqa: E402
+from mlxflash.backends.pagelocked import RESULT_BODY, ROWS_BODY, STORE_BODY, Bus, _works, open_bus  # noqa: E402
 from test_exactness import assert_exact  # noqa: E402
 
 SOURCE = """
@@ -28,11 +28,18 @@ struct Dim { unsigned x; };
 #define PLACE Dim blockIdx, Dim blockDim, Dim threadIdx
 static void rows_body(const int64_t* addresses, const int* addresses_shape, int PIECES, uint32_t* rows, PLACE) {
 %s}
+static void store_body(const int64_t* addresses, const int* addresses_shape, int PIECES, const uint32_t* rows,
+                       uint32_t* done, PLACE) {
+%s}
 static void result_body(const float* values, const int* values_shape, const int64_t* address, uint32_t* done, PLACE) {
 %s}
 #define LAUNCH for (unsigned b = 0; b * t < n; b++) for (unsigned i = 0; i < t; i++)
 extern "C" void launch_rows(const int64_t* a, const int* shape, int pieces, uint32_t* out, unsigned n, unsigned t) {
     LAUNCH rows_body(a, shape, pieces, out, Dim{b}, Dim{t}, Dim{i});
+}
+extern "C" void launch_store(const int64_t* a, const int* shape, int pieces, const uint32_t* rows, uint32_t* out,
+                             unsigned n, unsigned t) {
+    LAUNCH store_body(a, shape, pieces, rows, out, Dim{b}, Dim{t}, Dim{i});
 }
 extern "C" void launch_result(const float* v, const int* shape, const int64_t* a, uint32_t* out, unsigned n, unsigned t) {
     LAUNCH result_body(v, shape, a, out, Dim{b}, Dim{t}, Dim{i});
@@ -44,7 +51,7 @@ extern "C" void launch_result(const float* v, const int* shape, const int64_t* a
 def bodies(tmp_path_factory):
     """The kernels' bodies as functions."""
     folder = tmp_path_factory.mktemp("bodies")
-    (folder / "bodies.cpp").write_text(SOURCE % (ROWS_BODY, RESULT_BODY))
+    (folder / "bodies.cpp").write_text(SOURCE % (ROWS_BODY, STORE_BODY, RESULT_BODY))
     compiler = [shutil.which("c++")] if shutil.which("c++") else [sys.executable, "-m", "ziglang", "c++"]
     command = [*compiler, "-O1", "-shared", "-fPIC", "-o", folder / "bodies.so", folder / "bodies.cpp"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
@@ -87,10 +94,11 @@ def bus(bodies, monkeypatch):
             out = np.empty(output_shapes[0], dtype)
             shape = np.array(given[0].shape, np.int32)
             pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (given[0], shape, given[-1], out)]
+            pieces = dict(template).get("PIECES")
             if source == ROWS_BODY:
-                bodies.launch_rows(
-                    pointers[0], pointers[1], dict(template)["PIECES"], pointers[3], grid[0], threadgroup[0]
-                )
+                bodies.launch_rows(*pointers[:2], pieces, pointers[3], grid[0], threadgroup[0])
+            elif source == STORE_BODY:
+                bodies.launch_store(*pointers[:2], pieces, *pointers[2:], grid[0], threadgroup[0])
             else:
                 bodies.launch_result(*pointers, grid[0], threadgroup[0])
             return [mx.array(out)]
@@ -143,6 +151,7 @@ def test_the_law_of_exactness(library, bus, monkeypatch, dtype, bits, limit):
         locked = sum(bus._driver.locked.values())
         assert (locked > 200_000) == (limit > 200_000)
         assert model.flash.backend.traffic.updates > 10
+        assert model.flash.backend.traffic.tier_hits > 10
         assert "by a stand-in" in model.flash.describe()
 
 

@@ -70,6 +70,7 @@ class Traffic:
 
     updates: int = 0
     bytes: int = 0
+    bytes_back: int = 0  # of units that the device gave up, to the host tier
     seconds: float = 0.0  # in which the host asked for it, or waited for it where the backend's `waits` is set
     pool_copies: int = 0  # updates that copied a whole pool
     syncs: int = 0  # times that the host waited for the device

@@ -28,6 +28,7 @@ from mlxflash.pool import Landing, Source
 from mlxflash.reader import Reader
 
 MOST_ITEMS = 1 << 31  # MLX's CUDA kernels for vectors count an array's items in 32 bits
+WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 COPY_SHARE = 0.5  # of the smallest pool: an update that allocates so much beyond its rows has copied one
 
 
@@ -58,7 +59,7 @@ class DeviceBackend(MLXBackend):
         tier = HostTier(record, max(CHUNKS, plan.host_landing // record.stride), plan.host_tier // record.stride, gap)
         if self.bus is not None:
             self.bus.lock(tier.rows.memory, tier)  # where that fails, its rows go the plain way
-        return [Door(tier, "worth"), Door(tier, "room"), Door(tier, "room")]
+        return [Door(tier, takes=True), Door(tier, takes=False), Door(tier, takes=False)]
 
     def rows(self, ffn: FFN, capacity: int, staging: Any) -> MLXRows:
         return DeviceRows(self, ffn, capacity, staging)
@@ -90,10 +91,10 @@ class DeviceBackend(MLXBackend):
 
 @dataclass
 class Door:
-    """A way into the host tier: `keep` says which units of those that come this way may stay."""
+    """A way through the host tier: a window's, which takes what it needs and gives back, or a stream's."""
 
     tier: HostTier
-    keep: str
+    takes: bool
 
     def reset(self) -> None:
         self.tier.reset()
@@ -122,6 +123,7 @@ class DeviceRows(MLXRows):
         self._columns: dict[str, slice] = {}
         self._pools: dict[str, mx.array] = {}
         self._arrived: list[Arrival] = []  # on the host, not yet here
+        self._leaving: list[Leaving] = []  # on their way back
         self._unit_at = np.full(capacity, -1, np.int64)
         record = ffn.record
         for p in record.parts:
@@ -139,11 +141,15 @@ class DeviceRows(MLXRows):
 
     def land(self, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray) -> Landing:
         self._flush()  # a stream that failed may have left some
+        if self._door.takes and self._door.tier.kept:
+            self._give_back(source, slots)
         return DeviceLanding(self, reader, source, units, slots)
 
     def settle(self, discard: bool = False) -> None:
         if discard:
             self._arrived.clear()
+            self._leaving.clear()
+            self._unit_at[:] = -1
         self._flush()
         self._finish_readers(discard)
 
@@ -188,8 +194,46 @@ class DeviceRows(MLXRows):
         self._unit_at[slots] = other._unit_at[sources]
         self._update(at, rows)
 
+    def _give_back(self, source: Source, slots: np.ndarray) -> None:
+        """Start copying what `slots` hold to the host tier, before others come there."""
+        backend, tier, record = self._backend, self._door.tier, self._ffn.record
+        slots = slots[self._unit_at[slots] >= 0]
+        places = tier.places(len(slots))
+        slots = slots[: len(places)]
+        if len(slots) == 0:
+            return
+        at, dtype = _indices(slots), WORDS[self._word]
+        parts = [self._pools[p.name][at].reshape(len(slots), -1) for p in record.parts if p.offset is not None]
+        rows = mx.concatenate([part.view(dtype) for part in parts], axis=1)
+        done = (
+            rows
+            if backend.bus is None
+            else backend.bus.store(rows, tier.rows.memory, tier.passing + places, record.stride)
+        )
+        mx.async_eval(done if done is not None else rows)
+        self._leaving.append(Leaving(source, self._unit_at[slots], places, rows, done if done is not rows else None))
+
+    def _end_leaving(self) -> None:
+        """Until what was given back is on the host; its copies then no longer keep the pools from changing in place."""
+        leaving, self._leaving = self._leaving, []
+        tier, used = self._door.tier, self._ffn.record.num_bytes
+        for each in leaving:
+            if each.done is not None:
+                mx.eval(each.done)
+            else:
+                lying = np.frombuffer(tier.rows.memory, np.uint8).reshape(-1, self._ffn.record.stride)
+                lying[tier.passing + each.places, :used] = np.asarray(each.rows).view(np.uint8)
+            tier.keep(each.source, each.units, each.places)
+            self._backend.traffic.bytes_back += len(each.units) * used
+        if leaving:
+            leaving.clear()
+            self._backend.traffic.syncs += 1
+            mx.synchronize()
+
     def _flush(self) -> None:
         """Put all that arrived on the host into its slots: one upload, one update per part."""
+        if self._leaving:
+            self._end_leaving()
         if not self._arrived:
             return
         self._finish_readers()  # of a stream's block, which nobody settles
@@ -212,11 +256,8 @@ class DeviceRows(MLXRows):
                 new[p.name] = part.view(DTYPES[p.dtype]).reshape(len(slots), *p.shape)
         self._update(_indices(slots), new, records)
         for a in arrived:
-            old = self._unit_at[a.slots]
-            if self._door.keep == "worth":
-                tier.given_up(a.source, old[old >= 0])
             self._unit_at[a.slots] = a.units
-            a.visit.leave(lambda: mx.eval(records), self._door.keep == "worth")
+            a.visit.leave(lambda: mx.eval(records))
             backend.traffic.tier_hits += a.visit.num_hits
             backend.traffic.tier_misses += len(a.units) - a.visit.num_hits
         backend.traffic.updates += 1
@@ -246,6 +287,17 @@ class DeviceRows(MLXRows):
 
 def _indices(slots: np.ndarray) -> mx.array:
     return mx.array(slots.astype(np.int32))
+
+
+@dataclass
+class Leaving:
+    """Rows on their way back to the host: words [n, a record's], or an array that is there when they are."""
+
+    source: Source
+    units: np.ndarray
+    places: np.ndarray
+    rows: mx.array
+    done: mx.array | None
 
 
 @dataclass
@@ -280,10 +332,7 @@ class DeviceLanding:
         units, slots = self._units[turn], self._slots[turn]
         if len(units) == 0:
             return False
-        keep = door.keep
-        if keep == "worth" and (self._rows._unit_at[slots] < 0).all():
-            keep = "no"  # the device is not full: what it gets now need not be here as well
-        visit = door.tier.bring(self._reader, self._source, units, keep, self)
+        visit = door.tier.bring(self._reader, self._source, units, door.takes, self)
         if visit is None:
             return False
         self._turns.append(Arrival(visit, self._source, units, slots))
@@ -313,7 +362,7 @@ class DeviceLanding:
                 self._rows._arrived.append(turn)
             except OSError as error:
                 self._error = self._error or error
-                turn.visit.leave(lambda: None, on_device=False)
+                turn.visit.leave(lambda: None)
                 self._asked = len(self._units)  # no more: what is under way comes to rest, and all of it counts as lost
             self._turns.popleft()
             if self._asked < len(self._units):

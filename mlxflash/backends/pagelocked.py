@@ -32,6 +32,17 @@ ROWS_BODY = """
     }
 """
 
+STORE_BODY = """
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const size_t row = i / PIECES;
+    if (row < (size_t)addresses_shape[0]) {
+        reinterpret_cast<uint4*>(addresses[row])[i % PIECES] = reinterpret_cast<const uint4*>(rows)[i];
+    }
+    if (i == 0) {
+        done[0] = 1;
+    }
+"""
+
 RESULT_BODY = """
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < (size_t)values_shape[0]) {
@@ -53,6 +64,7 @@ class Bus:
         self._turn = 0
         make: Any = mx.fast.cuda_kernel
         self._rows_kernel = make("mlxflash_rows", ["addresses"], ["rows"], ROWS_BODY)
+        self._store_kernel = make("mlxflash_store", ["addresses", "rows"], ["done"], STORE_BODY)
         self._result_kernel = make("mlxflash_result", ["values", "address"], ["done"], RESULT_BODY)
 
     def lock(self, memory: memoryview, owner: Any) -> bool:
@@ -88,6 +100,22 @@ class Bus:
             output_dtypes=[{1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[word]],
         )[0]
         return rows
+
+    def store(self, rows: mx.array, memory: memoryview, slots: np.ndarray, stride: int) -> mx.array | None:
+        """What writes rows, words [k, n], to where `slots` of `memory` begin when it is evaluated; None as above."""
+        base, num_bytes = self._bases.get(_address(memory)), rows.nbytes // len(slots)
+        if base is None or stride % PIECE or num_bytes % PIECE:
+            return None
+        pieces = num_bytes // PIECE
+        done: mx.array = self._store_kernel(
+            inputs=[mx.array((base + slots * stride).astype(np.int64)), rows],
+            template=[("PIECES", pieces)],
+            grid=(-(-len(slots) * pieces // THREADS) * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.uint32],
+        )[0]
+        return done
 
     def result(self, y: mx.array) -> tuple[mx.array, Callable[[], np.ndarray]]:
         """float32 y for the host: an array to evaluate, and what then gives y's values."""
@@ -133,7 +161,7 @@ def open_bus() -> tuple[Bus | None, str]:
 
 
 def _works(bus: Bus) -> bool:
-    """Whether rows arrive whole and fresh and results come back, twice each."""
+    """Whether rows arrive whole and fresh, and they and results come back, twice each."""
     stride, rng, owner = 4096 + PIECE, np.random.default_rng(0), Keeper()
     memory = host_memory(50 * stride)[: 50 * stride]
     if not bus.lock(memory, owner):
@@ -141,13 +169,18 @@ def _works(bus: Bus) -> bool:
     raw = np.frombuffer(memory, np.uint32).reshape(50, -1)
     for _ in range(2):
         raw[:] = rng.integers(0, 1 << 32, raw.shape, dtype=np.uint32)
-        slots = rng.permutation(50)[:33]
+        before, slots = raw.copy(), rng.permutation(50)[:33]
         rows = bus.rows(memory, slots, stride, 4)
-        assert rows is not None
-        y = (rows & 0xFFFF).astype(mx.float32).reshape(33, -1)
-        done, values = bus.result(y)
+        if rows is None:
+            return False
+        done, values = bus.result((rows & 0xFFFF).astype(mx.float32).reshape(33, -1))
+        stored = bus.store(rows[:7] ^ 1, memory, np.arange(7), stride)
+        if stored is None:
+            return False
         mx.eval(rows, done)
-        if not np.array_equal(values(), (raw[slots] & 0xFFFF).astype(np.float32)):
+        mx.eval(stored)
+        right = np.array_equal(values(), (before[slots] & 0xFFFF).astype(np.float32))
+        if not (right and np.array_equal(raw[:7], before[slots[:7]] ^ 1) and np.array_equal(raw[7:], before[7:])):
             return False
     return True
 
