@@ -29,7 +29,6 @@ class HostTier:
     def __init__(self, record: Record, passing: int, kept: int, gap: int = 0):
         self.record, self.passing, self.kept, self._gap = record, passing, kept, gap
         self._rows: RecordRows | None = None
-        self._slot_of: dict[str, np.ndarray] = {}  # by file: a unit's kept slot, or -1
         self.reset()
 
     @property
@@ -52,11 +51,12 @@ class HostTier:
         self._head = self._tail = 0  # of the ring, counted without wrapping
         self._visits: deque[Visit] = deque()
         self._in_use = np.zeros(self.kept, np.int32)
-        self._file = [""] * self.kept
+        self._number_of: dict[str, int] = {}  # of files, by path
+        self._slot_of: list[np.ndarray] = []  # by file: a unit's slot in the tier, or -1
+        self._file = np.zeros(self.kept, np.int32)
         self._unit = np.full(self.kept, -1, np.int64)
         self._order: OrderedDict[int, None] = OrderedDict()  # slots with units, who came or was wanted first the first
         self._free = list(range(self.kept))[::-1]
-        self._slot_of.clear()
         if self._rows is not None:
             self._rows._staging.reset()
 
@@ -111,36 +111,37 @@ class HostTier:
 
     def keep(self, source: Source, units: np.ndarray, places: np.ndarray) -> None:
         """Units that the device gave up, int64 [n], now lie in `places`."""
-        map_ = self._map(source, np.sort(units))
+        map_ = self._map(source, units)
         self._drop(map_[units][map_[units] >= 0].astype(np.int64))  # a stream's copy, older than this one
         self._note(source, units, places)
         self._in_use[places] -= 1
 
     def _note(self, source: Source, units: np.ndarray, places: np.ndarray) -> None:
-        self._map(source, np.sort(units))[units] = places
-        self._unit[places] = units
-        for place in places.tolist():
-            self._file[place] = source.file.path
-            self._order[place] = None
+        self._map(source, units)[units] = places
+        self._unit[places], self._file[places] = units, self._number_of[source.file.path]
+        self._order.update(dict.fromkeys(places.tolist()))
 
     def oldest(self) -> Any:
         """The owner of the visit that has been here longest."""
         return self._visits[0].owner
 
     def _map(self, source: Source, units: np.ndarray) -> np.ndarray:
-        map_ = self._slot_of.get(source.file.path)
-        need = int(units[-1]) + 1 if len(units) else 0
-        if map_ is None or len(map_) < need:
-            grown = np.full(max(need, 1024, 2 * len(map_) if map_ is not None else 0), -1, np.int32)
-            if map_ is not None:
-                grown[: len(map_)] = map_
-            self._slot_of[source.file.path] = map_ = grown
+        """The slots of a file's units, -1 for those that are not here; long enough for `units`."""
+        file = self._number_of.setdefault(source.file.path, len(self._slot_of))
+        if file == len(self._slot_of):
+            self._slot_of.append(np.empty(0, np.int32))
+        map_ = self._slot_of[file]
+        need = int(units.max()) + 1 if len(units) else 0
+        if len(map_) < need:
+            grown = np.full(2 * need, -1, np.int32)
+            grown[: len(map_)] = map_
+            self._slot_of[file] = map_ = grown
         return map_
 
     def _empty(self, count: int) -> np.ndarray:
         """At most `count` slots of the tier where nothing lies, no longer counted as free."""
-        if len(self._free) < count:
-            self._reap()
+        if len(self._free) < count and len(self._order) < self.kept:
+            self._reap()  # some are only in use
         first = max(0, len(self._free) - count)
         taken, self._free = self._free[first:], self._free[:first]
         return np.array(taken, np.int64)
@@ -149,7 +150,9 @@ class HostTier:
         """What lies in `slots` is no longer to be found; they are free as soon as nobody uses them."""
         for slot in slots.tolist():
             del self._order[slot]
-            self._slot_of[self._file[slot]][self._unit[slot]] = -1
+        files = self._file[slots]
+        for file in np.unique(files).tolist():
+            self._slot_of[file][self._unit[slots[files == file]]] = -1
         self._unit[slots] = -1
         self._free += slots[self._in_use[slots] == 0].tolist()
 
