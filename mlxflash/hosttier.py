@@ -6,7 +6,7 @@ later miss of the device costs a copy over the bus and no read. Nothing is in bo
 leaves it, and what a window overwrites comes to it, over the direction of the bus that is idle. Of streams it keeps
 what passes while there is room. Who has been here longest unused leaves.
 
-Copying back is worth it: on traces it saves 1.4 to 2.7 times the reads that keeping what was read saves (RESULTS.md).
+Copying back is worth it: on traces it leaves 0.15 to 0.8 of the reads of keeping what was read (RESULTS.md).
 """
 
 from collections import OrderedDict, deque
