@@ -1,11 +1,12 @@
-"""What streaming costs in fidelity: perplexity through the decode path beside the dense model's, on held-out text.
+"""What streaming costs in fidelity, setting by setting: `mlxflash eval` over budgets, windows, predictors and levels.
 
-Teacher-forced, one token per pass, the window warm within each 512-token stretch. For each window and budget:
-perplexity, bytes per token as counted and as the kernel counted them (/proc/self/io, direct reads), hit rate; then
-recall and share flagged per layer against the truly active units.
-Says nothing about speed. Dense is the same bundle held whole.
+A budget is a size as for generate, or `share S`: the one at which predictor and pools together take S of the
+feed-forward bytes, as the paper counts. A rule is `level`, a fidelity level's name, or `margin`, the calibrated margin;
+`paper` is the margin with a window of 5 tokens. Reads are direct, so bytes per token stand beside the kernel's own
+count. Says nothing about speed. Prints a line per setting, by layer too, and a JSON object per setting.
 
-    python benchmarks/fidelity.py BUNDLE --text FILE --memory 36MB 40MB [--stretches 8]
+    python benchmarks/fidelity.py BUNDLE --text FILE --share 0.24 --predictors low-bit low-rank
+    python benchmarks/fidelity.py BUNDLE --text FILE --memory 36MB 40MB --rules margin --windows 1 5 0
 """
 
 import argparse
@@ -14,147 +15,95 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlxflash.api import load_tokenizer
 from mlxflash.bundle import Bundle
-from mlxflash.evaluate import decode_losses, perplexity
+from mlxflash.evaluate import Dense, Report, evaluate
+from mlxflash.fidelity import LEVELS, level_of
 from mlxflash.model import load_bundle
-from mlxflash.predictor import Ids, Predictor
+from mlxflash.plan import BudgetError
+from mlxflash.predictor import MARGIN
 
-STRETCH = 512
-WINDOWS = (1, 3, 5, 8, None)
-
-
-class Watched:
-    """A predictor beside the truth: counts what it finds, misses and flags in vain."""
-
-    def __init__(self, predictor: Predictor, truth: Predictor):
-        self.nbytes = predictor.nbytes
-        self.found = self.active = self.flagged = 0
-        self._predictor, self._truth = predictor, truth
-
-    def start(self, x: mx.array) -> Ids:
-        ids, truth = self._predictor.start(x)(), self._truth.start(x)()
-        self.found += len(np.intersect1d(ids, truth, assume_unique=True))
-        self.active += len(truth)
-        self.flagged += len(ids)
-        return lambda: ids
+PAPER_WINDOW = 5
+RULES = ("paper", "margin", *LEVELS)
+CLOSE = 0.0005  # of the feed-forward bytes, to a share that is asked for
 
 
-def kernel_bytes() -> int:
-    """Bytes this process has had read from storage, as Linux counts them; 0 elsewhere."""
-    try:
-        text = Path("/proc/self/io").read_text()
-    except OSError:
-        return 0
-    return int(text.split("read_bytes:")[1].split()[0])
+def budget(bundle: Bundle, share: float, context: int, settings: dict[str, Any]) -> int:
+    """Bytes at which predictor and pools take `share` of the feed-forward bytes."""
+
+    def taken(memory: int) -> float:
+        with load_bundle(bundle.path, memory=memory, max_kv_size=context, bundle=bundle, **settings) as model:
+            plan = model.flash.plan
+            return 1.0 if plan.whole else (plan.predictor + plan.pools) / bundle.streamed_bytes()
+
+    with load_bundle(bundle.path, max_kv_size=context, bundle=bundle) as model:
+        high = model.flash.plan.memory
+    low = 0
+    while True:
+        middle = (low + high) // 2
+        try:
+            found = taken(middle)
+        except BudgetError:
+            found = -1.0
+        if abs(found - share) < CLOSE or high - low < 1000:
+            return middle
+        low, high = (middle, high) if found < share else (low, middle)
 
 
-def losses(model: Any, stretches: list[np.ndarray]) -> np.ndarray:
-    out: list[float] = []
-    for tokens in stretches:
-        model.flash.forget()
-        out.extend(decode_losses(model, tokens))
-    return np.array(out)
-
-
-def measure(
-    bundle: Bundle, stretches: list[np.ndarray], memory: str, window: int | None, dense: float, predictor: str
-) -> dict[str, Any]:
-    """One row: decode the stretches at one budget and window."""
-    with load_bundle(
-        bundle.path,
-        memory=memory,
-        window=window,
-        predictor=predictor,
-        direct=True,
-        max_kv_size=STRETCH,
-        bundle=bundle,
-    ) as model:
-        before, counted = model.flash.snapshot(), kernel_bytes()
-        said = losses(model, stretches)
-        stats, counted = model.flash.stats(before, len(said)), kernel_bytes() - counted
-        held = model.flash.plan.pools / bundle.streamed_bytes()
-    return {
-        "memory": memory,
-        "window": window,
-        "pool_share": held,
-        "perplexity": perplexity(said),
-        "change": perplexity(said) / dense - 1,
-        "bytes_per_token": stats.bytes_per_token,
-        "kernel_bytes_per_token": counted / len(said),
-        "reads_per_token": stats.reads_per_token,
-        "hit_rate": stats.hit_rate,
-    }
-
-
-def recall(
-    bundle: Bundle, stretches: list[np.ndarray], memory: str, whole: int, predictor: str
-) -> list[dict[str, float]]:
-    """Recall and share flagged of each layer's predictor, against the truly active units."""
-    with (
-        load_bundle(bundle.path, memory=whole - 1, predictor="oracle", max_kv_size=STRETCH, bundle=bundle) as oracle,
-        load_bundle(bundle.path, memory=memory, predictor=predictor, max_kv_size=STRETCH, bundle=bundle) as model,
-    ):
-        watched = []
-        for layer, truth in zip(model.flash.layers, oracle.flash.layers, strict=True):
-            assert layer.predictor is not None
-            assert truth.predictor is not None
-            watched.append(Watched(layer.predictor, truth.predictor))
-            layer.predictor = watched[-1]
-        losses(model, stretches)
-        tokens = sum(len(s) - 1 for s in stretches)
-        units = [layer.units for layer in model.flash.layers]
-    return [
-        {"recall": w.found / max(1, w.active), "active": w.active / tokens / n, "flagged": w.flagged / tokens / n}
-        for w, n in zip(watched, units, strict=True)
-    ]
+def line(name: str, r: Report, bundle: Bundle) -> str:
+    counted = f"{r.kernel_bytes_per_token:.0f}" if r.kernel_bytes_per_token is not None else "-"
+    rest = np.mean([layer.ffn_share_read for layer in r.layers[1:]])
+    return (
+        f"{name:<30}{(r.predictor_bytes + r.pool_bytes) / bundle.streamed_bytes():7.1%}{r.memory_bytes / 1e6:9.2f} MB"
+        f"{r.ppl:10.4f}{r.ppl_change:+9.3%} +-{r.ppl_change_se:.3%}{r.kl:9.5f}{r.top1:8.2%}{r.recall:8.2%}"
+        f"{r.flagged:8.2%}{r.bytes_per_token:10.0f}{counted:>10}{r.reads_per_token:7.1f}{r.ffn_share_read:8.2%}{rest:8.2%}"
+        f"{r.hit_rate:7.1%}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="held-out text, never the one calibrated on")
-    parser.add_argument("--stretches", type=int, default=8, help=f"stretches of {STRETCH} tokens (8)")
-    parser.add_argument("--memory", nargs="+", required=True, help="budgets, as for generate")
-    parser.add_argument("--predictor", default="low-bit", help="low-bit (the default) or low-rank")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--context", type=int, default=512, help="tokens of a stretch (512)")
+    parser.add_argument("--memory", nargs="*", default=[], help="budgets, as for generate")
+    parser.add_argument("--share", nargs="*", type=float, default=[], help="predictor and pools, of the FFN's bytes")
+    parser.add_argument("--predictors", nargs="+", default=["low-bit"])
+    parser.add_argument("--rules", nargs="+", default=RULES, choices=RULES)
     parser.add_argument(
-        "--windows", nargs="+", type=int, default=WINDOWS, help="tokens that units stay, 0: as long as they can"
+        "--windows", nargs="+", type=int, default=[0], help="tokens that units stay, 0: as long as can be"
     )
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
-    ids = np.array(load_tokenizer(args.bundle).encode(args.text.read_text()), np.int64)
-    stretches = [ids[i * STRETCH : (i + 1) * STRETCH] for i in range(args.stretches)]
-    with load_bundle(args.bundle, max_kv_size=STRETCH, bundle=bundle) as model:
-        whole = model.flash.plan
-        assert whole.whole, "the dense reference must be held whole"
-        dense = perplexity(losses(model, stretches))
-    print(f"{args.bundle}: dense perplexity {dense:.4f} on {sum(map(len, stretches))} tokens of {args.text.name}")
+    tokens = np.array(load_tokenizer(args.bundle).encode(args.text.read_text()), np.int64)[: args.tokens + 1]
     rows = []
-    print("  pool  memory  window  perplexity  change   bytes/token   kernel's     reads  hit rate")
-    for memory in args.memory:
-        for window in args.windows:
-            row = measure(bundle, stretches, memory, window or None, dense, args.predictor)
-            rows.append(row)
-            print(
-                f"{row['pool_share']:6.1%}  {memory:>6}  {window or 'none':>6}  {row['perplexity']:10.4f}"
-                f"  {row['change']:+.3%}  {row['bytes_per_token']:12.0f}  {row['kernel_bytes_per_token']:9.0f}"
-                f"  {row['reads_per_token']:8.1f}  {row['hit_rate']:.1%}",
-                flush=True,
-            )
-    layers = recall(bundle, stretches, args.memory[0], whole.memory, args.predictor)
-    print("layer  active   flagged  flagged/active  recall")
-    for i, r in enumerate(layers):
-        print(f"{i:5}  {r['active']:6.2%}  {r['flagged']:7.2%}  {r['flagged'] / r['active']:14.3f}  {r['recall']:.2%}")
-    active = sum(r["active"] for r in layers)
-    print(
-        f"  all  {active / len(layers):6.2%}  {sum(r['flagged'] for r in layers) / len(layers):7.2%}"
-        f"  {sum(r['flagged'] for r in layers) / active:14.3f}"
-        f"  {sum(r['active'] * r['recall'] for r in layers) / active:.2%}"
-    )
-    print(json.dumps({"bundle": bundle.path.name, "dense": dense, "rows": rows, "layers": layers}))
+    with Dense(bundle, tokens, num_tokens=args.tokens, context=args.context) as dense:
+        print(
+            f"{args.bundle.name}: dense perplexity {dense.perplexity:.4f} on {args.tokens} tokens of {args.text.name}"
+        )
+        print(
+            f"{'setting':<30}{'share':>7}{'memory':>12}{'ppl':>10}{'change':>18}{'KL':>9}{'top-1':>8}{'recall':>8}{'flagged':>8}"
+            f"{'bytes':>10}{'kernel':>10}{'reads':>7}{'of FFN':>8}{'2nd on':>8}{'hits':>7}"
+        )
+        for predictor in args.predictors:
+            for rule in args.rules:
+                if rule in LEVELS and level_of(bundle, predictor, rule) is None:
+                    continue
+                for window in [PAPER_WINDOW] if rule == "paper" else args.windows:
+                    settings: dict[str, Any] = {"predictor": predictor, "window": window or None}
+                    settings |= {"fidelity": rule} if rule in LEVELS else {"margin": MARGIN}
+                    shares = [budget(bundle, share, args.context + 1, settings) for share in args.share]
+                    for memory in [*args.memory, *shares]:
+                        dense.memory = memory
+                        report = evaluate(dense, direct=True, **settings)
+                        name = f"{predictor} {rule}" + (f" window {window}" if window else "")
+                        print(line(name, report, bundle), flush=True)
+                        rows.append({"rule": rule} | report.to_json())
+    for row in rows:
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import numpy as np
 
 from mlxflash.api import load_tokenizer
 from mlxflash.bundle import Bundle
-from mlxflash.predictor import low_bit_matrix
-from mlxflash.train import BITS, Factors, deciding, fit, flagged_at, floats, inputs_file, record, regression, stretches
+from mlxflash.predictor import deciding, floats, low_bit_matrix
+from mlxflash.train import BITS, Factors, fit, flagged_at, inputs_file, record, regression, stretches
 
 STRETCH, STRETCHES = 512, 8
 CALIBRATED, TESTED = 4096, 4096  # training tokens that set errors; that stop the training

@@ -34,7 +34,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflash.bundle import ITEM_BYTES, Bundle, Layer, LayerWriter, Manifest, Part, Record, make_record, write_manifest
-from mlxflash.models import build_model, family_of
+from mlxflash.models import FAMILIES, build_model, family_of
 from mlxflash.predictor import LOW_BITS
 
 BLOCK_BYTES = 32 << 20  # large beside any cache, small beside memory
@@ -55,28 +55,48 @@ class Shape:
     heads: int
     vocabulary: int
     positions: int
+    family: str = "opt"
+    activation: str = "relu"  # as config.json has it
+    kv_heads: int = 0  # 0: as many as heads
+
+    def stored(self, name: str) -> str:
+        """What a checkpoint calls a parameter."""
+        return name.replace(".mlp.", ".") if self.family == "opt" else name
+
+    @property
+    def biased(self) -> bool:
+        return self.family == "opt"
 
     def config(self, dtype: str) -> dict[str, Any]:
-        """A config.json, as Hugging Face's OPT checkpoints have it."""
-        return {
-            "architectures": ["OPTForCausalLM"],
-            "model_type": "opt",
-            "activation_function": "relu",
-            "bos_token_id": 2,
-            "eos_token_id": 2,
-            "pad_token_id": 1,
-            "do_layer_norm_before": True,
-            "enable_bias": True,
-            "layer_norm_elementwise_affine": True,
-            "tie_word_embeddings": True,
+        """A config.json, as Hugging Face's checkpoints have it."""
+        numbers = {
+            "model_type": self.family,
             "hidden_size": self.d_model,
-            "word_embed_proj_dim": self.d_model,
-            "ffn_dim": self.ffn,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": self.positions,
             "torch_dtype": dtype,
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+        }
+        if self.family == "falcon":
+            way = {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False}
+            return numbers | way | {"activation": self.activation, "ffn_hidden_size": self.ffn, "bias": False}
+        if self.family == "llama":
+            more = {"num_key_value_heads": self.kv_heads or self.heads, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
+            act = {"hidden_act": self.activation, "tie_word_embeddings": False}
+            return numbers | more | act | {"intermediate_size": self.ffn}
+        return numbers | {
+            "architectures": ["OPTForCausalLM"],
+            "activation_function": self.activation,
+            "pad_token_id": 1,
+            "do_layer_norm_before": True,
+            "enable_bias": True,
+            "layer_norm_elementwise_affine": True,
+            "tie_word_embeddings": True,
+            "word_embed_proj_dim": self.d_model,
+            "ffn_dim": self.ffn,
         }
 
 
@@ -86,6 +106,10 @@ SHAPES = {
     "opt-1.3b": Shape(layers=24, d_model=2048, ffn=8192, heads=32, vocabulary=50272, positions=2048),
     "opt-2.7b": Shape(layers=32, d_model=2560, ffn=10240, heads=32, vocabulary=50272, positions=2048),
     "opt-6.7b": Shape(layers=32, d_model=4096, ffn=16384, heads=32, vocabulary=50272, positions=2048),
+    "tinyllama": Shape(22, 2048, 5632, 32, 32000, 2048, "llama", "silu", kv_heads=4),
+    "llama-2-7b-relu": Shape(32, 4096, 11008, 32, 32000, 4096, "llama", "relu"),
+    "falcon-7b": Shape(32, 4544, 18176, 71, 65024, 2048, "falcon", "gelu"),
+    "falcon-7b-relu": Shape(32, 4544, 18176, 71, 65024, 2048, "falcon", "relu"),
 }
 
 
@@ -316,7 +340,7 @@ def record_of(shape: Shape, dtype: str, bits: int | None) -> tuple[Record, list[
     """The record as converters lay it out, and its streamed parts for Noise."""
     parts: list[Part] = []
     noise: list[tuple[str, int, float | None]] = []
-    for name in ("up", "down"):
+    for name in FAMILIES[shape.family].parts:
         if bits:
             scales = "float16" if dtype == "float32" else dtype
             for what, kind, size, value in quantised_parts("", None, shape.d_model, bits, weight_rms(shape), scales):
@@ -325,7 +349,8 @@ def record_of(shape: Shape, dtype: str, bits: int | None) -> tuple[Record, list[
         else:
             parts.append(Part(name, dtype, (shape.d_model,), 0))
             noise.append((dtype, shape.d_model, None))
-    parts.append(Part("up_bias", "float32", (), None))
+    if shape.biased:
+        parts.append(Part("up_bias", "float32", (), None))
     return make_record(parts), noise
 
 
@@ -333,13 +358,14 @@ def model_tensors(
     config: dict[str, Any], dtype: str, bits: int | None, rms: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every tensor of the model by parameter path: those outside the FFNs (quantised with `bits`), and the FFNs'."""
-    family, _ = family_of(config, "shape")
+    family, *_ = family_of(config, "shape")
     model = build_model(config, "shape")
     matrices = {name for name, module in model.named_modules() if hasattr(module, "to_quantized")}
     outside, inside = [], []
     for name, array in tree_flatten(model.parameters()):
         module, kind = name.rsplit(".", 1)
-        value = 1.0 if "layer_norm" in name and kind == "weight" else 0.0 if kind == "bias" else None
+        is_norm = any(word in module for word in ("norm", "ln_"))
+        value = 1.0 if is_norm and kind == "weight" else 0.0 if kind == "bias" else None
         tensor = Tensor(name, dtype, tuple(array.shape), value)
         if f".{family.ffn}." in name:
             inside.append(tensor)
@@ -377,7 +403,7 @@ def write_bundle(
     del noise
     tensors = TensorWriter(rng, weight_rms(shape))
     outside, _ = model_tensors(shape.config(dtype), dtype, bits, weight_rms(shape))
-    for i in range(shape.layers):
+    for i in range(shape.layers if shape.biased else 0):
         outside.append(Tensor(f"ffn.{i}.up_bias", dtype, (shape.ffn,), 0.0))
         outside.append(Tensor(f"ffn.{i}.down_bias", dtype, (shape.d_model,), 0.0))
     tensors.write_shards("resident-{index:05d}.safetensors", partial, outside, SHARD_BYTES["resident"])
@@ -385,9 +411,9 @@ def write_bundle(
         write_predictors(partial, shape, tensors)
     write_texts(partial, shape, dtype)
     quantization = {"bits": bits, "group_size": GROUP, "mode": "affine"} if bits else None
-    manifest = Manifest(
-        "opt", "plain", "relu", dtype, shape.d_model, quantization, record, layers, source="random weights"
-    )
+    family, activation, _ = family_of(shape.config(dtype), "shape")
+    kind = shape.family, family.layout, activation
+    manifest = Manifest(*kind, dtype, shape.d_model, quantization, record, layers, source="random weights")
     write_manifest(partial, manifest)
     os.rename(partial, target)
     return target
@@ -399,7 +425,7 @@ def write_checkpoint(shape: str | Shape, path: str | Path, dtype: str = "float16
     target, partial = start(Path(path), shape, dtype, None)
     tensors = TensorWriter(np.random.default_rng(seed), weight_rms(shape))
     outside, inside = model_tensors(shape.config(dtype), dtype, None, weight_rms(shape))
-    named = [Tensor(t.name.replace(".mlp.", "."), t.dtype, t.shape, t.value) for t in outside + inside]
+    named = [Tensor(shape.stored(t.name), t.dtype, t.shape, t.value) for t in outside + inside]
     named.sort(key=lambda t: t.name)
     files = tensors.write_shards(
         "model-{number:05d}-of-{count:05d}.safetensors", partial, named, SHARD_BYTES["checkpoint"]

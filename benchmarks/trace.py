@@ -307,7 +307,7 @@ def layer_sets(bundle: Bundle, index: int, x: np.ndarray, margins: Sequence[floa
     backend, ffn, layer = make_backend(), FFN.of(bundle.manifest), bundle.manifest.layers[index]
     stride = ffn.record.stride
     raw = np.fromfile(bundle.layer_path(index), np.uint8, layer.units * stride, offset=HEADER_BYTES)
-    bias = one_part(bundle, index, f"{ffn.first}_bias", layer.units)
+    bias = ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", layer.units), layer.units)
     active = backend.project(mx.array(x), deciding_matrix(ffn, raw.reshape(layer.units, stride)))() + bias > 0
     files = bundle.predictor_files("low-bit")
     if not files:

@@ -13,14 +13,15 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-from mlxflash.converters import plain
+from mlxflash.converters import dense
 from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
+from mlxflash.converters.tokenizer import highest_token
 
 from mlxflash.bundle import Bundle, BundleError, Layer, LayerWriter, Manifest, Part, Record, make_record, write_manifest
 from mlxflash.bundle import file_bytes as layer_file_bytes
 from mlxflash.predictor import low_bit_matrix, save_arrays, save_low_bit
 
-LAYOUTS: dict[str, Any] = {"plain": plain}
+LAYOUTS: dict[str, Any] = {"plain": dense, "gated": dense}
 GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 SHARD_BYTES = 256 << 20  # resident weights are written in shards, so that no more than one is in memory
@@ -54,6 +55,12 @@ def convert(
         raise ValueError(f"dtype {dtype!r} is unknown: {', '.join(DTYPES)} are there")
     if bits not in (None, 4, 8):
         raise ValueError(f"{bits} bits: 8 and 4 are there")
+    highest, vocabulary = highest_token(checkpoint.path), checkpoint.config["vocab_size"]
+    if highest is not None and highest >= vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.path}: its tokenizer's vocabulary has {highest + 1} tokens, the model's {vocabulary}; "
+            "one of them belongs to another model"
+        )
     layout = LAYOUTS[checkpoint.family.layout]
     job = _Job(checkpoint, layout, target, dtype, bits, group_size, predictor)
     job.prepare()
@@ -95,22 +102,21 @@ class _Job:
         self.checkpoint, self.layout, self.target = checkpoint, layout, target
         self.dtype, self.bits, self.group_size = dtype, bits, group_size
         self.partial = target.with_name(target.name + ".partial")
-        up = checkpoint.shapes[f"{checkpoint.ffn_path(0)}.{checkpoint.family.parts['up']}.weight"]
-        self.d_model = up[1]
+        self.d_model = layout.width(checkpoint)
         if bits and group_size not in GROUP_SIZES:
             raise ValueError(f"groups of {group_size}: {', '.join(map(str, GROUP_SIZES))} are there")
         if bits and self.d_model % group_size:
             raise ValueError(f"-q {bits}: groups of {group_size} do not divide a model width of {self.d_model}")
-        self.predictor = predictor and self.d_model % 32 == 0
         self.record = self._record()
-        self.layers: list[Layer] = []
-        for index in range(checkpoint.num_layers()):
-            name = f"{checkpoint.ffn_path(index)}.{checkpoint.family.parts['up']}.weight"
-            self.layers.append(Layer(f"layers/{index:03d}.bundle", checkpoint.shapes[name][0]))
+        self.layers = [
+            Layer(f"layers/{index:03d}.bundle", layout.units(checkpoint, index))
+            for index in range(checkpoint.num_layers())
+        ]
+        self.predictor = predictor and self.d_model % 32 == 0 and self.manifest().sparse
 
     def _record(self) -> Record:
         d, parts = self.d_model, []
-        for name in self.layout.STREAMED:
+        for name in self.layout.streamed(self.checkpoint):
             if self.bits:
                 groups = d // self.group_size
                 scales = "float16" if self.dtype == "float32" else self.dtype
@@ -120,7 +126,7 @@ class _Job:
             else:
                 parts.append(Part(name, self.dtype, (d,), 0))
         present = self.layout.residents(self.checkpoint, 0)
-        parts += [Part(name, "float32", (), None) for name in self.layout.PER_UNIT if name in present]
+        parts += [Part(name, "float32", (), None) for name in self.layout.per_unit(self.checkpoint) if name in present]
         return make_record(parts)
 
     def manifest(self) -> Manifest:
@@ -129,6 +135,7 @@ class _Job:
             model_type=self.checkpoint.config["model_type"],
             layout=self.checkpoint.family.layout,
             activation=self.checkpoint.activation,
+            threshold=self.checkpoint.threshold,
             dtype=self.dtype,
             d_model=self.d_model,
             quantization=quantization,

@@ -1,16 +1,19 @@
 """A Hugging Face checkpoint on disk: config, tokenizer files and safetensors, read one tensor at a time."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlxflash.converters.torch_zip import TorchFileError, as_safetensors, tensors
 from safetensors import SafetensorError, safe_open
 
 from mlxflash.models import build_model, family_of
 
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # saved by old transformers, no parameters
 
 
 class CheckpointError(ValueError):
@@ -18,7 +21,10 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint:
-    """Tensors by the model's own parameter paths; nothing is read before `tensor` asks for it."""
+    """Tensors by the model's own parameter paths, as its class's `sanitize` makes them of what the files hold.
+
+    Everything is lazy: nothing is read before `tensor` asks for it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -30,68 +36,97 @@ class Checkpoint:
             self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
         except ValueError as error:
             raise CheckpointError(f"{path / 'config.json'}: not JSON ({error})") from None
-        self.family, self.activation = family_of(self.config, str(path))
+        self.family, self.activation, self.threshold = family_of(self.config, str(path))
         if "quantization" in self.config or "quantization_config" in self.config:
             raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{path}: holds no safetensors files")
-        self._model = build_model(self.config, str(path))
-        self._where: dict[str, tuple[Path, str]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        for file in files:
-            self._index(file)
+        self._files = _files(path)
+        self._check_files()
+        self._unfit = build_model(self.config, str(path))  # its `sanitize` may change the model, and is called again
+        self._model, self._lazy, self._origins = self._fit()
+        self.shapes = {name: tuple(array.shape) for name, array in self._lazy.items()}
         self._check_names()
+        self.dtypes = {name: FLOATS[array.dtype] for name, array in self._lazy.items()}
 
-    def _index(self, file: Path) -> None:
+    def _check_files(self) -> None:
+        """Every file is whole, as far as its header tells."""
+        for file in self._files:
+            try:
+                if file.suffix == ".bin":
+                    tensors(file)
+                else:
+                    with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
+                        pass
+            except TorchFileError as error:
+                raise CheckpointError(f"{file}: {error}") from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
+
+    def _fit(self) -> tuple[Any, dict[str, mx.array], dict[str, str]]:
+        """The model, its parameters as lazy arrays, and where those come from that `sanitize` did not compute."""
+        stored: dict[str, mx.array] = {}
+        said: dict[int, str] = {}
+        for file in self._files:
+            try:
+                if file.suffix == ".bin":
+                    loaded = mx.load(cast(Any, as_safetensors(file)), format="safetensors")
+                else:
+                    loaded = mx.load(str(file))
+            except RuntimeError as error:
+                raise CheckpointError(f"{file}: cannot be read ({error})") from None
+            arrays = cast(dict[str, mx.array], loaded)
+            stored |= {self._expected(name): array for name, array in arrays.items()}
+            said |= {id(array): f"{file}: tensor {name!r}" for name, array in arrays.items()}
+        model = copy.copy(self._unfit)
         try:
-            with safe_open(file, "numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  a safe_open handle is no mapping
-                    view = tensors.get_slice(name)
-                    if view.get_dtype() not in FLOATS:
-                        raise CheckpointError(f"{file}: tensor {name!r} is {view.get_dtype()}, not a float type")
-                    path = self._model.rename(name)
-                    self._where[path] = (file, name)
-                    self.shapes[path] = tuple(view.get_shape())
-                    self.dtypes[path] = FLOATS[view.get_dtype()]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
+            lazy: dict[str, mx.array] = model.sanitize(dict(stored)) if hasattr(model, "sanitize") else stored
+        except KeyError as error:
+            raise CheckpointError(f"{self.path}: tensor {error} is missing") from None
+        return model, lazy, {name: said[id(array)] for name, array in lazy.items() if id(array) in said}
+
+    def _expected(self, name: str) -> str:
+        for old, new in self.family.prefixes.items():
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
 
     def _check_names(self) -> None:
         """Every parameter of the model is there in its shape, and nothing else that it would leave out."""
         wanted = {name: tuple(array.shape) for name, array in cast(Any, tree_flatten(self._model.parameters()))}
-        if "lm_head.weight" not in wanted:
-            self._where.pop("lm_head.weight", None)
-            self.shapes.pop("lm_head.weight", None)
+        for name in self._lazy.keys() - wanted.keys():
+            if name == "lm_head.weight" or name.endswith(BUFFERS):
+                del self._lazy[name], self.shapes[name]
         for name, shape in wanted.items():
-            if name not in self._where:
+            if name not in self._lazy:
                 raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
             if self.shapes[name] != shape:
                 raise CheckpointError(
                     f"{self.path}: tensor {name!r} has shape {list(self.shapes[name])}, its config wants {list(shape)}"
                 )
-        if extra := sorted(set(self._where) - set(wanted)):
+            if self._lazy[name].dtype not in FLOATS:
+                raise CheckpointError(f"{self.path}: tensor {name!r} is {self._lazy[name].dtype}, not a float type")
+        if extra := sorted(set(self._lazy) - set(wanted)):
             raise CheckpointError(
                 f"{self.path}: tensor {extra[0]!r} has no place in a {self.config['model_type']} model"
             )
 
     def tensor(self, name: str) -> mx.array:
-        """Read one tensor. Raises CheckpointError when it holds NaN or infinity."""
-        file, stored = self._where[name]
+        """Read one tensor, which is kept nowhere else. Raises CheckpointError when it holds NaN or infinity."""
+        if name not in self._lazy:
+            _, self._lazy, self._origins = self._fit()
+        array, origin = self._lazy.pop(name), self._origins.get(name)
+        if origin is None:  # what it was computed of would stay in memory with its siblings
+            self._lazy, origin = {}, f"{self.path}: tensor {name!r}"
         try:
-            array = cast(dict[str, mx.array], mx.load(str(file)))[stored]
             mx.eval(array)
         except RuntimeError as error:
-            raise CheckpointError(f"{file}: tensor {stored!r} cannot be read ({error})") from None
+            raise CheckpointError(f"{origin} cannot be read ({error})") from None
         if not mx.isfinite(array).all().item():
-            raise CheckpointError(f"{file}: tensor {stored!r} holds NaN or infinity")
+            raise CheckpointError(f"{origin} holds NaN or infinity")
         return array
 
     def fingerprint(self) -> list[Any]:
         """What tells one checkpoint from another without reading it all."""
-        files = sorted({file for file, _ in self._where.values()})
-        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files] + [self.config]
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self._files] + [self.config]
 
     def num_layers(self) -> int:
         return len(self._model.layers)
@@ -111,4 +146,25 @@ class Checkpoint:
         }
 
     def names(self) -> list[str]:
-        return sorted(self._where)
+        return sorted(self.shapes)
+
+
+def _files(path: Path) -> list[Path]:
+    """A checkpoint's weights: what its index names, else one file or all there are; safetensors before PyTorch's."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        for index in sorted(path.glob(f"{pattern}.index.json")):
+            try:
+                named = set(json.loads(index.read_bytes())["weight_map"].values())
+                files = sorted(path / Path(name).name for name in named)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise CheckpointError(f"{index}: not an index of a checkpoint's files") from None
+            if files and (missing := [file.name for file in files if not file.is_file()]):
+                raise CheckpointError(f"{path}: {missing[0]} is missing, though {index.name} names it")
+            if files:
+                return files
+        whole = path / ("model.safetensors" if "safetensors" in pattern else "pytorch_model.bin")
+        if whole.is_file():  # others may lie beside it, as Mistral's consolidated ones do
+            return [whole]
+        if files := sorted(path.glob(pattern)):
+            return files
+    raise CheckpointError(f"{path}: holds no weights, neither *.safetensors nor pytorch_model*.bin")

@@ -3,14 +3,16 @@
 Modules import only from those below themselves:
 
     cli, api                     commands; load()
-    hub, train                   names to bundles; training a predictor
-    calibrate                    measuring a predictor
+    hub, train, plot             names to bundles; training a predictor; pictures of a fidelity report
+    calibrate, thinning          measuring a predictor; finding levels of fidelity
     converters, evaluate         checkpoints to bundles; what a model says of text
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model
     ffn                          which units, bring them, compute
+    fidelity                     which active units are worth a read
     predictor, window            x to unit ids; ids to rows held
     backends                     where rows live and how the FFN is computed on them
+    catalog                      public models by short names, and what they will take
     models, plan, policy, pool   model families; budgets; who leaves memory first; host memory
     hosttier                     the host's memory beside a device with its own
     reader, bundle, _native      extents to bytes; what lies on disk; the optional native part

@@ -33,7 +33,10 @@ MAGIC = b"MLXFLASH"
 HEADER_BYTES = 16384  # one Apple page: data starts where direct reads and Metal want it
 BLOCK_BYTES = 4096  # what direct I/O aligns to
 MAX_PADDING = 0.05  # above this share records are packed instead of padded to blocks
+LEVEL_FIGURES = ("multiplier", "kl", "kl_se", "ppl_change", "ppl_change_se", "top1", "flagged")
 MAX_JSON_BYTES = 64 << 20
+
+SPARSE_ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu")  # most units' products with most inputs are zero
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "uint8": 1}
 
@@ -112,8 +115,14 @@ class Manifest:
     record: Record
     layers: tuple[Layer, ...]
     source: str = ""
+    threshold: float = 0.0  # of fatrelu: a unit is active where its product is above
     order: str = "identity"  # how units were permuted; unit ids are positions on disk everywhere
     calibration: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams."""
+        return self.activation in SPARSE_ACTIVATIONS
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -122,6 +131,7 @@ class Manifest:
             "model_type": self.model_type,
             "layout": self.layout,
             "activation": self.activation,
+            **({"threshold": self.threshold} if self.threshold else {}),
             "dtype": self.dtype,
             "d_model": self.d_model,
             "quantization": self.quantization,
@@ -184,6 +194,14 @@ class Bundle:
 
     def resident_bytes(self) -> int:
         return sum(f.stat().st_size for f in self.resident_files())
+
+    def require_sparse(self) -> None:
+        """Raises BundleError where units are never zero, so that predicting which are would be wrong."""
+        if not self.manifest.sparse:
+            raise BundleError(
+                f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "
+                "it runs exactly, by streaming (--exact)"
+            )
 
     def _check_layer(self, index: int) -> None:
         file, layer, record = self.layer_path(index), self.manifest.layers[index], self.manifest.record
@@ -353,6 +371,7 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
         model_type=_get(data, "model_type", str, where),
         layout=_get(data, "layout", str, where),
         activation=_get(data, "activation", str, where),
+        threshold=_threshold(data, where),
         dtype=dtype,
         d_model=d_model,
         quantization=quantization,
@@ -364,9 +383,23 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
     )
 
 
+def _threshold(data: dict[str, Any], where: str) -> float:
+    threshold = data.get("threshold", 0.0)
+    if not (_is_int(threshold) or isinstance(threshold, float)) or not 0 <= threshold < 1e6:
+        raise BundleError(f"{where}: an activation's threshold of {threshold!r} makes no sense; convert again")
+    return float(threshold)
+
+
 def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> None:
-    """What `calibrate` measured, as far as it is used: figures and miss curves of the stored predictors."""
+    """What `calibrate` measured, as far as it is used: figures, levels and miss curves of the stored predictors."""
     numbers = []
+    for predictor, said in _get(data, "fidelity", dict, where).items() if "fidelity" in data else ():
+        levels = _get(said, "levels", dict, f"{where}, fidelity of {predictor}")
+        for name in levels:
+            level = _get(levels, name, dict, where)
+            numbers += [level.get(key) for key in LEVEL_FIGURES]
+            _get(level, "met", bool, f"{where}, fidelity {name!r}")
+            _check_misses(level.get("misses"), num_layers, f"{where}, misses of {predictor}, {name}")
     for name in data.keys() & {"low-bit", "low-rank"}:
         figures = _get(data, name, dict, f"{where}, calibration")
         numbers += [figures.get(key) for key in ("recall", "perplexity_change", "margin")]

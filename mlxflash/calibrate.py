@@ -16,7 +16,8 @@ import numpy as np
 from mlxflash.backends import FFN, Matrix, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
-from mlxflash.evaluate import decode_losses, perplexity, prompt_losses
+from mlxflash.evaluate import LEAST_TOKENS, check_length, decode_losses, perplexity, prompt_losses
+from mlxflash.fidelity import save_cuts
 from mlxflash.flash import FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
 from mlxflash.misses import SHARES, miss_curve
@@ -24,9 +25,9 @@ from mlxflash.model import STORED, load_bundle
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, read_low_rank, save_low_bit
 from mlxflash.resident import one_part
+from mlxflash.thinning import find_levels
 
 OWN_SEQUENCES = 8
-LEAST_TOKENS = 16
 Progress = Callable[[str, int, int], None]
 
 
@@ -60,12 +61,15 @@ def calibrate(
     device: str | None = None,
     progress: Progress = lambda what, done, total: None,
     predictor: str = "low-bit",
+    levels: bool = True,
 ) -> Bundle:
     """Measure a stored predictor on `tokens` (int [n]; None: text the model makes up itself) and record it.
 
-    At most `num_tokens` are used, in sequences no longer than the model's positions. Returns the bundle, reopened.
+    At most `num_tokens` are used, in sequences no longer than the model's positions. `levels` finds the levels of
+    fidelity too, which takes some thirty passes over the text. Returns the bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
+    bundle.require_sparse()
     if predictor not in bundle.predictors():
         raise BundleError(f"{bundle.path}: has no {predictor} predictor to calibrate; {STORED[predictor]}")
     if tokens is not None:
@@ -95,7 +99,9 @@ def calibrate(
     half = max(1, len(sequences) // 2)
     reported = sequences[half:] or sequences
     losses, total = [], sum(len(s) - 1 for s in reported)
-    with load_bundle(bundle.path, memory=memory, window=1, predictor=predictor, device=device, bundle=bundle) as model:
+    with load_bundle(
+        bundle.path, memory=memory, window=1, predictor=predictor, device=device, margin=MARGIN, bundle=bundle
+    ) as model:
         if not model.flash.exact:
             for sequence in reported:
                 model.flash.forget()
@@ -127,8 +133,29 @@ def calibrate(
             "margin": AHEAD_MARGIN,
             "layers": ahead,
         }
+    fidelity = bundle.manifest.calibration.get("fidelity", {})
+    result["fidelity"] = {name: said for name, said in fidelity.items() if name != predictor}  # errors were set anew
+    if levels:
+        with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
+            parts = _comparable(bundle, predictor)
+            cuts, found = find_levels(bundle, model, parts, inputs, sequences, device=device, progress=progress)
+        save_cuts(bundle.path, predictor, cuts)
+        result["fidelity"][predictor] = found | {"text": source}
     write_manifest(bundle.path, replace(bundle.manifest, calibration=bundle.manifest.calibration | result))
     return Bundle.open(bundle.path)
+
+
+def _comparable(bundle: Bundle, predictor: str) -> list[tuple[tuple[Matrix, ...], np.ndarray | None]]:
+    """Each layer's predictor as find_levels takes it."""
+    ffn, out = FFN.of(bundle.manifest), list[tuple[tuple[Matrix, ...], np.ndarray | None]]()
+    for index, (file, layer) in enumerate(zip(bundle.predictor_files(predictor), bundle.manifest.layers, strict=True)):
+        if predictor == "low-rank":
+            inner, outer, _ = read_low_rank(file, ffn, layer)
+            out.append(((inner, outer), None))
+        else:
+            matrix, shift, _ = read_low_bit(file, ffn, layer)
+            out.append(((matrix,), shift - one_part(bundle, index, f"{ffn.first}_bias", layer.units)))
+    return out
 
 
 def exact_inputs(
@@ -143,12 +170,6 @@ def exact_inputs(
             mx.eval(model(mx.array(sequence[None])))
         progress("exact pass", len(sequences), len(sequences))
         return [recorder.inputs() for recorder in recorders]
-
-
-def check_length(tokens: np.ndarray) -> None:
-    """Raises ValueError for a text too short to measure on."""
-    if len(tokens) < LEAST_TOKENS:
-        raise ValueError(f"a calibration text of {len(tokens)} tokens is too short: give at least {LEAST_TOKENS}")
 
 
 def _sequences(model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress) -> list[np.ndarray]:
@@ -200,7 +221,7 @@ def _measure_layer(
     raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES)
     exact = deciding_matrix(ffn, raw.reshape(units, stride))
     file = bundle.predictor_files(predictor)[index]
-    bias = one_part(bundle, index, f"{ffn.first}_bias", units)
+    bias = ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
 
     def products(x: np.ndarray, *weights: Matrix) -> np.ndarray:
         return backend.project(mx.array(x), *weights)()

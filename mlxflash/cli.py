@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 from mlxflash import __version__
-from mlxflash.commands import generate, inspect, prepare
+from mlxflash.commands import evaluate, generate, inspect, prepare
 from mlxflash.install import why_not_loaded
 
 
@@ -63,7 +63,9 @@ def parser() -> Parser:
     prepare.add_convert(verbs.add_parser("convert", help="convert a checkpoint into a bundle"))
     prepare.add_calibrate(verbs.add_parser("calibrate", help="measure a bundle's predictor on text"))
     prepare.add_train(verbs.add_parser("train", help="train a low-rank predictor for a bundle"))
+    evaluate.add(verbs.add_parser("eval", help="measure what streaming costs in fidelity on a text"))
     prepare.add_reorder(verbs.add_parser("reorder", help="copy a bundle so that units missed together lie together"))
+    inspect.add_models(verbs.add_parser("models", help="list public models that have a short name"))
     inspect.add_info(verbs.add_parser("info", help="say what a bundle is"))
     inspect.add_verify(verbs.add_parser("verify", help="check every record of a bundle against its checksum"))
     return top

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxflash.flash import FlashModel, FlashStats
+from mlxflash.models import max_positions
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -54,6 +55,9 @@ def stream_generate(
     tokens = _encode(tokenizer, prompt)
     if max_tokens < 1 and max_tokens != -1:
         raise ValueError(f"max_tokens {max_tokens}: at least 1, or -1 for no limit")
+    vocabulary = flash.bundle.config()["vocab_size"]
+    if len(tokens) and max(tokens) >= vocabulary:
+        raise ValueError(f"token {max(tokens)} of the prompt is beyond the model's vocabulary of {vocabulary}")
     room = context_of(model, max_kv_size) - (prompt_cache[0].offset if prompt_cache else 0)
     if len(tokens) > room:
         raise ValueError(f"the prompt has {len(tokens)} tokens, this model has room for {room}")
@@ -121,7 +125,7 @@ def generate(model: FlashModel, tokenizer: Any, prompt: Any, verbose: bool = Fal
 
 def context_of(model: FlashModel, max_kv_size: int | None) -> int:
     """How many tokens a generation may hold: the plan's key-value cache, or the positions where that one rotates."""
-    positions: int = getattr(model.args, "max_position_embeddings", 1 << 30)
+    positions = max_positions(model.flash.bundle.config())
     return positions if max_kv_size is not None else min(positions, model.flash.plan.context)
 
 

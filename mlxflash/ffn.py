@@ -5,7 +5,10 @@ the rest. A prompt, or a layer whose every unit is needed, goes through `_stream
 are, all others pass by in large blocks, so the result is exact.
 """
 
+import contextlib
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -24,38 +27,90 @@ UNKNOWN_DISK_PENALTY = 3  # how many times longer a random record takes than a s
 SEED_TOKENS = 8  # of a prompt: their active units are worth more than older ones'; the pool's size has the last word
 
 
+@dataclass
+class Block:
+    """Some of the units that a layer lacks, on their way to a buffer or still to be asked for."""
+
+    layer: "FlashLayer"
+    held: np.ndarray  # what the layer held when its blocks were planned
+    units: np.ndarray
+    buffer: int = -1
+    landing: Landing | None = None
+
+
 class Blocks:
     """Two buffers that every layer's stream takes in turn: while one is computed the other is read.
 
-    `gap` is how many held records between two wanted ones are cheaper to read again than to step over.
+    Where it is known that the next layer streams as well, its first blocks are asked for as soon as a buffer is free,
+    so that the disk works through attention, norms and sampling too. `gap` is how many held records between two wanted
+    ones are cheaper to read again than to step over.
     """
 
     def __init__(self, pair: tuple[Rows, Rows], gap: int):
-        self.pair, self.gap = pair, gap
-        self._landings: list[Landing | None] = [None, None]
+        self.pair, self._gap = pair, gap
+        self._plans: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}  # of layers, by id: what was held, blocks
+        self._now: FlashLayer | None = None
+        self._last: FlashLayer | None = None  # whose blocks were planned last
+        self.reset()
 
-    def start(self, i: int, reader: Reader, source: Source, units: np.ndarray) -> None:
-        """Read block number `i` of a stream, `units`, into its buffer."""
-        self._landings[i % 2] = self.pair[i % 2].land(reader, source, units, np.arange(len(units)))
+    def start(self, layer: "FlashLayer", held: np.ndarray, goes_on: bool) -> None:
+        """Begin to read what `layer` lacks, unless that was begun; `held`, bool [units], is what it does not lack.
+        `goes_on`: the layer after it streams next."""
+        if not self._queue or self._queue[0].layer is not layer or not np.array_equal(self._queue[0].held, held):
+            self.drain()
+            self._plan(layer, held)
+        self._now, self._goes_on = layer, goes_on
+        self._fill()
 
-    def wait(self, i: int) -> None:
-        """Until block number `i` is there."""
-        landing = self._landings[i % 2]
-        if landing is not None:
-            landing.wait()
-            self._landings[i % 2] = None
+    def stream(self) -> Iterator[tuple[Rows, np.ndarray]]:
+        """What `start` began, block by block: rows [0, n) and which units they are. A block's memory is written again
+        as soon as the next one is asked for."""
+        layer = self._now
+        while layer is not None and self._queue and self._queue[0].layer is layer:
+            block = self._queue.popleft()
+            assert block.landing is not None
+            begin = time.perf_counter()
+            block.landing.wait()
+            layer.times.flash += time.perf_counter() - begin
+            yield self.pair[block.buffer], block.units
+            self._free.append(block.buffer)
+            self._fill()
+
+    def drain(self) -> None:
+        """Let reads that nobody waits for any more come to rest, and forget them."""
+        for block in self._queue:
+            if block.landing is not None:
+                with contextlib.suppress(OSError):
+                    block.landing.wait()
+        self.reset()
 
     def reset(self) -> None:
         """Forget reads that are known to have come to rest."""
-        self._landings = [None, None]
+        self._queue: deque[Block] = deque()
+        self._free = [0, 1]
+        self._now = self._last = None
+        self._goes_on = False
 
-    def drain(self) -> None:
-        """Let reads that an abandoned stream left behind come to rest."""
-        for i in range(2):
-            try:
-                self.wait(i)
-            except OSError:
-                self._landings[i] = None
+    def _plan(self, layer: "FlashLayer", held: np.ndarray) -> None:
+        plan = self._plans.get(id(layer))
+        if plan is None or not np.array_equal(plan[0], held):
+            plan = self._plans[id(layer)] = held, _blocks(held, self.pair[0].capacity, self._gap)
+        self._queue.extend(Block(layer, held, units) for units in plan[1])
+        self._last = layer
+
+    def _fill(self) -> None:
+        """Ask for blocks while a buffer is free."""
+        while self._free:
+            block = next((block for block in self._queue if block.landing is None), None)
+            if block is not None:
+                block.buffer = self._free.pop(0)
+                rows, slots = self.pair[block.buffer], np.arange(len(block.units))
+                block.landing = rows.land(block.layer.reader, block.layer.source, block.units, slots)
+                continue
+            after = self._last.after if self._last is not None and self._goes_on else None
+            if after is None or after is self._now or any(block.layer is after for block in self._queue):
+                return
+            self._plan(after, after.window.slot_of >= 0)
 
 
 @dataclass
@@ -83,6 +138,7 @@ class FlashLayer:
     stride: int  # bytes from record to record on disk
     disk: DiskProfile | None = None  # None: not measured
     next: "FlashLayer | None" = None
+    after: "FlashLayer | None" = None  # the layer that streams next, when this one streamed
     ahead: Predictor | None = None  # what the next layer will need, from this one's input
     ticket: Ticket | None = None  # units that the layer before asked for
     num_decoded: int = 0  # tokens that went through the window
@@ -173,27 +229,20 @@ class FlashFFN(nn.Module):
 
     def _stream(self, x: mx.array) -> mx.array:
         """Exact for any x: rows held, then all others in blocks; the last tokens' active units enter the window."""
-        layer, window = self._layer, self._layer.window
+        layer, window, blocks = self._layer, self._layer.window, self._layer.blocks
         layer.ticket = None
         first = window.advance(len(x))
         seeds = min(SEED_TOKENS, len(x)) if layer.predictor is not None else 0
         first += len(x) - seeds
         held = window.slot_of >= 0
+        blocks.start(layer, held, layer.predictor is None or len(x) > FEW_TOKENS)
         y, active = layer.rows.ffn(x, window.num_rows, watch=seeds)
         y = y.astype(mx.float32)
         if active is not None:
             window.touch(window.unit_at[: window.num_rows], active, first)
-        blocks = layer.blocks
-        runs = _blocks(held, blocks.pair[0].capacity, blocks.gap)
-        blocks.drain()
         mx.eval(y)  # before admitted rows overwrite any that this product reads
-        for i, units in enumerate(runs[:2]):
-            blocks.start(i, layer.reader, layer.source, units)
-        for i, units in enumerate(runs):
-            t0 = time.perf_counter()
-            blocks.wait(i)
-            layer.times.flash += time.perf_counter() - t0
-            rows, keep = blocks.pair[i % 2], ~held[units]
+        for rows, units in blocks.stream():
+            keep = ~held[units]
             part, active = rows.ffn(x, len(units), None if keep.all() else keep, seeds)
             y = y + part
             mx.eval(y)
@@ -201,8 +250,6 @@ class FlashFFN(nn.Module):
                 used = np.flatnonzero(active.any(axis=0))
                 window.touch(units[used], active[:, used], first)
                 window.admit(units[used], rows, used)
-            if i + 2 < len(runs):  # the other buffer's read has been under way: the disk never waits for a computation
-                blocks.start(i + 2, layer.reader, layer.source, runs[i + 2])
         return y.astype(x.dtype)
 
 

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlxflash.backends import Backend, Traffic
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
+from mlxflash.fidelity import Level
 from mlxflash.forecast import Forecast
 from mlxflash.plan import DEVICE_SHARE, BudgetError, Plan, as_typed, format_bytes
 from mlxflash.reader import File, Reader
@@ -85,10 +86,18 @@ class Flash:
     """The streaming side of a model: its layers, reader and plan."""
 
     def __init__(
-        self, bundle: Bundle, plan: Plan, reader: Reader, backend: Backend, mode: str, forecast: Forecast | None = None
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        reader: Reader,
+        backend: Backend,
+        mode: str,
+        predictor: str,
+        level: Level | None = None,
+        forecast: Forecast | None = None,
     ):
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
-        self.forecast = forecast
+        self.predictor, self.level, self.forecast = predictor, level, forecast
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
         self.stagings: list[Any] = []  # where units land on their way; each has `reset`

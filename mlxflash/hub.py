@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from mlxflash.catalog import ALIASES, KNOWN, preview
+
 STORY = Path(__file__).parent / "story.flash"
-OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
-ALIASES = {f"opt-{size}": f"facebook/opt-{size}" for size in OPT_SIZES}
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+CHECKPOINT_FILES = ["*.json", "*.txt", "*.model"]  # beside weights
 Progress = Callable[[str, int, int], None]
 
 
@@ -29,8 +29,11 @@ def find_bundle(
     bits: int | None = None,
     progress: Progress = lambda what, done, total: None,
     say: Callable[[str], None] = lambda text: None,
+    memory: str | int | None = None,
 ) -> Path:
     """The bundle directory of `name`, converting (and downloading) it first where that is needed.
+
+    `memory` is the budget it is wanted for: what is said before a download tells what it would do.
 
     Raises ValueError with one sentence when there is no such model or it cannot be converted.
     """
@@ -42,22 +45,46 @@ def find_bundle(
     if path.exists():
         return _converted(path, str(path.resolve()), path.resolve().name, dtype, bits, progress, say)
     repo = ALIASES.get(str(name), str(name))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or str(name).startswith((".", "/")):
-        known = ", ".join(["story", *ALIASES])
-        raise ValueError(f"model {str(name)!r}: no such directory, hub name (org/name) or alias ({known})")
-    target = _target(repo, repo.replace("/", "--"), dtype, bits)
+    if not is_repo(repo) or str(name).startswith((".", "/")):
+        raise ValueError(
+            f"model {str(name)!r}: no such directory, hub name (org/name, org/name@revision) or alias "
+            "(`mlxflash models` lists them)"
+        )
+    target = _target(repo, re.sub("[/@]", "--", repo), dtype, bits)
     if (target / "manifest.json").is_file():
         return target
-    return _converted(download(repo), repo, repo.replace("/", "--"), dtype, bits, progress, say)
+    if str(name) in KNOWN:
+        say(preview(KNOWN[str(name)], memory))
+    return _converted(download(repo), repo, re.sub("[/@]", "--", repo), dtype, bits, progress, say)
+
+
+def is_repo(name: str) -> bool:
+    """Whether this is a hub name, with a revision or without."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) is not None
 
 
 def download(repo: str) -> Path:
-    """The checkpoint of a hub repository, downloaded or as the hub's own cache has it."""
-    from huggingface_hub import snapshot_download
+    """The checkpoint of a hub repository (`org/name`, `org/name@revision`), downloaded or from the hub's own cache.
+
+    Of weights it takes safetensors, and PyTorch's files where there are no safetensors.
+    """
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    name, _, revision = repo.partition("@")
+    patterns = [*CHECKPOINT_FILES, "*.safetensors", "pytorch_model*.bin"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=CHECKPOINT_FILES))
+        try:
+            files = HfApi().list_repo_files(name, revision=revision or None)
+            patterns = [*CHECKPOINT_FILES, weights_pattern(files)]
+        except (HfHubHTTPError, OSError) as error:
+            if isinstance(error, RepositoryNotFoundError):
+                raise  # else the hub's cache may have it
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
     except RepositoryNotFoundError:
         raise ValueError(f"model {repo!r}: the Hugging Face hub has no such repository, or it needs a login") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -66,6 +93,12 @@ def download(repo: str) -> Path:
             f"model {repo!r}: not on this machine, and the Hugging Face hub cannot be reached ({reason}); "
             "connect, or give a checkpoint directory"
         ) from None
+
+
+def weights_pattern(files: list[str]) -> str:
+    """Which of a repository's files are the weights to take."""
+    safetensors = any(file.endswith(".safetensors") and "/" not in file for file in files)
+    return "*.safetensors" if safetensors else "pytorch_model*.bin"
 
 
 def _target(identity: str, label: str, dtype: str | None, bits: int | None) -> Path:

@@ -19,12 +19,13 @@ from mlxflash.backends import FFN, Backend, make_backend
 from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError, Manifest
 from mlxflash.diskprofile import DiskProfile, disk_profile
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
+from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, level_of, needs, read_cuts
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.misses import MissCurve
-from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions
-from mlxflash.plan import AUTO_SHARE, Plan, Sizes, available_memory, make_plan, parse_memory
+from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions, settings
+from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, Plan, Sizes, available_memory, make_plan, parse_memory
 from mlxflash.pool import Source
 from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
@@ -33,7 +34,6 @@ from mlxflash.window import Window
 
 STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
 PREDICTORS = ("all", "oracle", *STORED)
-LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
 
@@ -47,7 +47,8 @@ def load_bundle(
     window: int | None = None,
     device: str | None = None,
     max_kv_size: int | None = None,
-    margin: float = MARGIN,
+    fidelity: str | None = None,
+    margin: float | None = None,
     check_reads: bool = False,
     direct: bool | None = None,
     look_ahead: bool | None = None,
@@ -58,12 +59,14 @@ def load_bundle(
 
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
     hold it whole, within what is available); the device's own memory on cuda. host_memory: what of the host's memory
-    keeps units on their way from flash to such a device (None: nothing). predictor: "low-bit" (default), "low-rank"
-    (trained), "all" (exact), "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one
-    per layer. window: drop units that the last `window` tokens did not use (the paper's rule; None keeps them until
-    their memory is wanted).
-    max_kv_size: tokens of key-value cache to plan for. margin: in standard errors of the low-bit estimate, in log-odds
-    for low-rank. check_reads: compare every record read with its checksum.
+    keeps what such a device gives up (None: nothing). predictor: "low-bit" (default), "low-rank" (trained), "all"
+    (exact), "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one per layer.
+    window: drop units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory
+    is wanted).
+    max_kv_size: tokens of key-value cache to plan for. fidelity: "high" (default), "balanced" or "fast", how far the
+    reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all".
+    margin: instead of a level, flag every unit whose estimate exceeds minus this many of its standard errors (low-bit;
+    log-odds for low-rank). check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
     for a disk, the bundle was calibrated for it, and the forecast with it is the shorter one).
     direct: bypass the page cache (None: when what streams is more than 0.7 of the memory available).
@@ -71,11 +74,11 @@ def load_bundle(
     Raises ValueError (BundleError, BudgetError) with one sentence.
     """
     bundle = bundle or Bundle.open(path)
-    config = bundle.config()
     where = str(bundle.path)
-    family, activation = family_of(config, where)
+    config = settings(bundle.config(), where)
+    family, *activation = family_of(config, where)
     manifest = bundle.manifest
-    if (manifest.layout, manifest.activation) != (family.layout, activation):
+    if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], config["num_hidden_layers"]):
         raise BundleError(
@@ -83,17 +86,31 @@ def load_bundle(
         )
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a window spans at least 1 token")
+    if fidelity not in (None, *FIDELITIES):
+        raise ValueError(f"fidelity {fidelity!r} is unknown: {', '.join(FIDELITIES)} are there")
+    if fidelity is not None and margin is not None:
+        raise ValueError("fidelity and margin contradict each other: give one")
+    if fidelity == "exact" and predictor not in (None, "all"):
+        raise ValueError(f"fidelity 'exact' and predictor {predictor!r} contradict each other")
+    predictor = "all" if fidelity == "exact" else predictor
     own = None if predictor is None or isinstance(predictor, str) else list(predictor)
     if own is not None and len(own) != bundle.num_layers:
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
     if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
+    if own is None and predictor not in (None, "all"):
+        bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
     if own is not None:
         predictor = "own"
     elif predictor is None:
-        predictor = "low-bit" if "low-bit" in bundle.predictors() else "all"
+        predictor = "low-bit" if manifest.sparse and "low-bit" in bundle.predictors() else "all"
+    level = None
+    if predictor in STORED and margin is None:
+        level = needs(bundle, str(predictor), fidelity) if fidelity else level_of(bundle, str(predictor), DEFAULT)
+    elif fidelity not in (None, "exact"):
+        raise ValueError(f"fidelity {fidelity!r} needs a stored predictor ({', '.join(STORED)}), not {predictor!r}")
     backend = backend or make_backend(device)
     ffn = FFN.of(manifest, str(bundle.path / "manifest.json"))
     context = max_kv_size or min(max_positions(config), DEFAULT_CONTEXT)
@@ -108,7 +125,7 @@ def load_bundle(
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
     if look_ahead:
         own_bytes += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead"))
-    sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes)
+    sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes, level)
     tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
     plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
 
@@ -121,16 +138,17 @@ def load_bundle(
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     name = "all" if plan.whole else str(predictor)
-    mode = _mode(bundle, name, plan, margin)
+    cuts = read_cuts(bundle, name, level.multiplier) if level is not None and name in STORED else None
+    mode = _mode(bundle, name, plan, margin, level)
     reader: Any = make_reader(direct=direct)
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
         reader = CheckedReader(reader, manifest.record, sums)
-    flash = Flash(bundle, plan, reader, backend, mode, expected)
+    flash = Flash(bundle, plan, reader, backend, mode, name, level, expected)
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        gap = disk.gap_bytes() if disk else 0
+        gap = disk.gap_bytes() if disk and not check_reads else 0  # what only passes by is not checked
         staging, *others = flash.stagings = backend.landings(ffn, plan, gap)
         blocks = None
         if not plan.whole:
@@ -150,7 +168,7 @@ def load_bundle(
                 reader=reader,
                 predictor=own[i]
                 if name == "own" and own
-                else _predictor(name, bundle, i, backend, ffn, source, margin),
+                else _predictor(name, bundle, i, backend, ffn, source, margin, cuts[i] if cuts else None),
                 down_bias=flash_bias(resident[i], backend, bundle),
                 times=flash.times,
                 stride=manifest.record.stride,
@@ -161,8 +179,12 @@ def load_bundle(
                 rows.settle()  # what is on its way to a device goes there now
             flash.layers.append(layer)
             setattr(model.layers[i], family.ffn, FlashFFN(layer))
+        for here, there in pairwise(flash.layers):
+            here.after = there
+        if name == "all":  # the next token begins where this one ends
+            flash.layers[-1].after = flash.layers[0]
         if look_ahead and name in ("low-bit", "oracle"):
-            _link(flash.layers, bundle, backend, ffn)
+            _link(flash.layers, bundle, backend, ffn, cuts)
     except BaseException as error:
         flash.close()
         if isinstance(error, RuntimeError):
@@ -171,16 +193,16 @@ def load_bundle(
     return model
 
 
-def _link(layers: list[FlashLayer], bundle: Bundle, backend: Backend, ffn: FFN) -> None:
-    """Let every layer name the next one's units."""
+def _link(layers: list[FlashLayer], bundle: Bundle, backend: Backend, ffn: FFN, cuts: Cuts | None) -> None:
+    """Let every layer name the next one's units, those that are worth a read where there are `cuts`."""
     files = bundle.predictor_files("look-ahead")
     if len(files) != bundle.num_layers - 1:
         raise BundleError(f"{bundle.path}: {len(files)} look-ahead files for {bundle.num_layers} layers; calibrate")
-    for file, (here, there) in zip(files, pairwise(layers), strict=True):
+    for i, (file, (here, there)) in enumerate(zip(files, pairwise(layers), strict=True), 1):
         fit, shift, error = read_look_ahead(file, bundle.manifest.d_model, there.units)
         assert isinstance(there.predictor, Projection)
-        bias = there.source.resident.get(f"{ffn.first}_bias", 0)
-        offset = np.asarray(bias - shift + AHEAD_MARGIN * error, np.float32)
+        bias = ffn.offset(there.source.resident.get(f"{ffn.first}_bias"), there.units)
+        offset = np.asarray(bias - shift + AHEAD_MARGIN * error - (cuts[i][1] if cuts else 0), np.float32)
         here.next, here.ahead = there, LookAhead(backend, fit, there.predictor.at(offset))
 
 
@@ -191,36 +213,49 @@ def flash_bias(resident: dict[str, np.ndarray], backend: Backend, bundle: Bundle
 
 
 def _predictor(
-    name: str, bundle: Bundle, index: int, backend: Backend, ffn: FFN, source: Source, margin: float
+    name: str,
+    bundle: Bundle,
+    index: int,
+    backend: Backend,
+    ffn: FFN,
+    source: Source,
+    margin: float | None,
+    cut: tuple[np.ndarray, np.ndarray] | None,
 ) -> Predictor | None:
+    """One layer's predictor, of a level where there is its `cut`."""
     if name == "all":
         return None
     layer = bundle.manifest.layers[index]
-    offset = source.resident.get(f"{ffn.first}_bias", np.zeros(layer.units, np.float32))
+    bias = ffn.offset(source.resident.get(f"{ffn.first}_bias"), layer.units)
     if name in STORED:
         files = bundle.predictor_files(name)
         if len(files) != bundle.num_layers:
             raise BundleError(
                 f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; convert again"
             )
+        margin = MARGIN if margin is None else margin
         if name == "low-rank":
-            return load_low_rank(files[index], backend, ffn, layer, margin)
-        return load_low_bit(files[index], backend, ffn, layer, offset, margin)
+            made = load_low_rank(files[index], backend, ffn, layer, margin)
+        else:
+            made = load_low_bit(files[index], backend, ffn, layer, bias, margin)
+        return made if cut is None else made.above(cut[0] + cut[1])
     stride = ffn.record.stride
     raw = np.fromfile(bundle.layer_path(index), np.uint8, layer.units * stride, offset=HEADER_BYTES)
     matrix = deciding_matrix(ffn, raw.reshape(layer.units, stride))
     mx.eval(matrix.weight)
-    return Projection(backend, (matrix,), offset)
+    return Projection(backend, (matrix,), bias)
 
 
-def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float) -> str:
+def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, level: Level | None) -> str:
     """`exact`, or `approximate` with what calibration measured."""
     if predictor == "all":
-        return "exact (all resident)" if plan.whole else "exact"
+        return "exact (all resident)" if plan.whole else "exact (streaming)"
     if predictor == "oracle":
         return "exact (oracle)"
+    if level is not None:
+        return f"approximate ({level.describe()})"
     said = bundle.manifest.calibration.get(predictor)
-    if not said or margin != said["margin"]:
+    if not said or (MARGIN if margin is None else margin) != said["margin"]:
         return "approximate (not measured)"
     return f"approximate (recall {said['recall']:.1%}, perplexity {said['perplexity_change']:+.2%})"
 
@@ -238,6 +273,8 @@ def _load_resident(
                 size = manifest.d_model if part == "down" else manifest.layers[i].units
                 wanted[f"ffn.{i}.{part}_bias"] = (size,), False
         setattr(layer, family.ffn, nn.Identity())
+    if hasattr(model, "sanitize"):  # where some classes learn that they have no head of their own
+        model.sanitize({t.name: mx.zeros(t.shape) for t in found})
     given = {t.name: (t.shape, t.dtype == "uint32") for t in found}
     if manifest.quantization is not None:
         nn.quantize(
@@ -302,9 +339,11 @@ def _forecast(
     return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32"}), disk)
 
 
-def _curves(manifest: Manifest, predictor: str) -> tuple[MissCurve, ...] | None:
+def _curves(manifest: Manifest, predictor: str, level: Level | None) -> tuple[MissCurve, ...] | None:
     """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
     said = manifest.calibration.get(predictor if predictor in STORED else "low-bit", {}).get("misses")
+    if level is not None:
+        said = manifest.calibration["fidelity"][predictor]["levels"][level.name]["misses"]
     if said is None or predictor == "all":
         return None
     shares = tuple(said["shares"])
@@ -312,7 +351,14 @@ def _curves(manifest: Manifest, predictor: str) -> tuple[MissCurve, ...] | None:
 
 
 def _sizes(
-    bundle: Bundle, config: dict[str, Any], found: list[Tensor], backend: Backend, ffn: FFN, predictor: str, own: int
+    bundle: Bundle,
+    config: dict[str, Any],
+    found: list[Tensor],
+    backend: Backend,
+    ffn: FFN,
+    predictor: str,
+    own: int,
+    level: Level | None,
 ) -> Sizes:
     manifest = bundle.manifest
     item = backend.activation_dtype(manifest).size
@@ -336,7 +382,7 @@ def _sizes(
         objects=bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn)),
         predictor=predictor_bytes,
         units=units,
-        curves=_curves(manifest, predictor),
+        curves=_curves(manifest, predictor, level),
         slot=backend.slot_bytes(ffn),
         stride=manifest.record.stride,
         kv_token=kv_values_per_token(config) * item,

@@ -17,7 +17,9 @@ import numpy as np
 
 from mlxflash.backends import FFN, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, LayerWriter, trailer_offset, write_manifest
-from mlxflash.calibrate import check_length, exact_inputs
+from mlxflash.calibrate import exact_inputs
+from mlxflash.evaluate import check_length
+from mlxflash.fidelity import read_cuts, save_cuts
 from mlxflash.misses import missed_units
 from mlxflash.predictor import MARGIN, read_low_bit, save_arrays
 from mlxflash.resident import one_part
@@ -189,6 +191,11 @@ def _write(bundle: Bundle, orders: list[np.ndarray], target: Path, tokens: int, 
         for index, file in enumerate(bundle.predictor_files(name)):
             order = orders[index + 1 if name == "look-ahead" else index]
             _permute(file, target / "predictors" / name / file.name, dict.fromkeys(PER_UNIT[name], order))
+    for name in manifest.calibration.get("fidelity", {}):
+        cuts = read_cuts(bundle, name)
+        save_cuts(
+            target, name, [(base[order], least[order]) for (base, least), order in zip(cuts, orders, strict=True)]
+        )
     write_manifest(target, replace(manifest, order=f"missed together in {tokens} tokens"))
 
 

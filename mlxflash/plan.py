@@ -15,6 +15,7 @@ from pathlib import Path
 from mlxflash.misses import MissCurve
 
 MIN_SLOTS = 8  # rows a layer needs at least: a token that needs more goes through in turns
+LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 PREFILL_TOKENS = (512, 256, 128, 64, 32, 16)
 LEAST_BLOCK_BYTES, MOST_BLOCK_BYTES = 64 << 10, 8 << 20  # a streaming block: sequential speed needs some MiB
 RUNTIME_BYTES = 2_000_000  # stacks and page tables of some 25 threads, allocators' slack: measured in cgroups

@@ -18,6 +18,7 @@ from mlxflash.reader import File, Reader
 
 HUGE_PAGE = 2 << 20
 START = np.ones(1, bool)  # the first record begins a read
+MOST_SCRATCH_BYTES = 64 << 10  # records larger than this are not worth reading without need
 STAGING_BYTES = 2 << 20  # one round of reads that cannot land in place
 
 
@@ -82,16 +83,21 @@ class Staging:
 
 
 class RecordRows:
-    """Slots shaped like records: slot s is `memory[s * stride :][: stride]`, one contiguous span per unit."""
+    """Slots shaped like records: slot s is `memory[s * stride :][: stride]`, one contiguous span per unit.
 
-    def __init__(self, record: Record, memory: memoryview, staging: Staging):
-        self.record, self.memory, self._staging = record, memory, staging
+    `scratch` is a slot for records that lie between wanted ones and are read with them: without it none are.
+    """
+
+    def __init__(self, record: Record, memory: memoryview, staging: Staging, scratch: int | None = None):
+        self.record, self.memory, self._staging, self._scratch = record, memory, staging, scratch
         self._rows = np.frombuffer(memory, np.uint8).reshape(-1, record.stride)
 
     def land(self, reader: Reader, file: File, positions: np.ndarray, slots: np.ndarray) -> Landing:
         """Start reading the records at `positions` (ascending) into `slots`; both int64 [n]."""
         if file.direct and not self.record.aligned:
             return _StagedLanding(reader, file, self.record, self._staging, positions, slots, self._place)
+        if self._scratch is not None:
+            positions, slots = _with_gaps(positions, slots, self._staging.gap // self.record.stride, self._scratch)
         return reader.submit(file, _spans(self.record, positions, slots), self.memory)
 
     def _place(self, source: np.ndarray, starts: np.ndarray, slots: np.ndarray) -> None:
@@ -154,6 +160,20 @@ def copy_rows(
         return
     for slot, row in zip((slots * dest_stride).tolist(), (rows * source_stride).tolist(), strict=True):
         dest[slot : slot + num_bytes] = source[row : row + num_bytes]
+
+
+def _with_gaps(positions: np.ndarray, slots: np.ndarray, gap: int, scratch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same with the records of gaps of at most `gap` between them, which all land in slot `scratch`."""
+    step = np.diff(positions)
+    at = np.flatnonzero((step > 1) & (step <= gap + 1))
+    if len(at) == 0:
+        return positions, slots
+    count = step[at] - 1
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    extra = np.repeat(positions[at] + 1, count) + within
+    every = np.concatenate((positions, extra))
+    order = np.argsort(every, kind="stable")
+    return every[order], np.concatenate((slots, np.full(len(extra), scratch)))[order]
 
 
 def _spans(record: Record, positions: np.ndarray, slots: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxflash.backends import FFN, Backend, Matrix
-from mlxflash.bundle import BundleError, Layer, Record
+from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, Layer, Record
+from mlxflash.resident import one_part
 
 LOW_BITS = 3
 MARGIN = 0.75  # recall 96 % at 1.05 times the active units on the story model (RESULTS.md)
@@ -50,6 +51,10 @@ class Projection:
         twin = Projection(self._backend, self._weights, offset)
         twin.nbytes = offset.nbytes
         return twin
+
+    def above(self, least: np.ndarray) -> "Projection":
+        """The same that flags estimates above `least`, [units], whatever the offset was."""
+        return Projection(self._backend, self._weights, -least)
 
     def start(self, x: mx.array) -> Ids:
         product = self._backend.project(x, *self._weights)
@@ -191,11 +196,32 @@ def _has_shape(m: Matrix, rows: int, columns: int) -> bool:
     return shapes and (m.weight.dtype, m.scales.dtype, m.biases.dtype) == kinds
 
 
+def deciding(bundle: Bundle, index: int) -> tuple[Matrix, np.ndarray, np.ndarray]:
+    """A layer's deciding matrix as stored, the same as float32 [units, d_model], and its bias [units]."""
+    ffn, units = FFN.of(bundle.manifest), bundle.manifest.layers[index].units
+    raw = np.fromfile(bundle.layer_path(index), np.uint8, units * ffn.record.stride, offset=HEADER_BYTES)
+    m = deciding_matrix(ffn, raw.reshape(units, ffn.record.stride))
+    return m, floats(m), ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
+
+
+def floats(m: Matrix) -> np.ndarray:
+    """A matrix's values, float32 [rows, columns]."""
+    if not m.bits:
+        return np.array(m.weight.astype(mx.float32))
+    scales, biases = m.scales.astype(mx.float32), m.biases.astype(mx.float32)  # or the result is in half precision
+    return np.array(mx.dequantize(m.weight, scales, biases, m.group_size, m.bits))
+
+
 def deciding_matrix(ffn: FFN, raw: np.ndarray) -> Matrix:
     """The stored deciding part of every unit as one matrix, from a layer's records, uint8 [units, stride]."""
+    return part_matrix(ffn, raw, ffn.first)
+
+
+def part_matrix(ffn: FFN, raw: np.ndarray, name: str) -> Matrix:
+    """The same of any streamed part, quantised or not."""
     if not ffn.bits:
-        return Matrix(stored_part(ffn.record, raw, ffn.first))
-    words, scales, biases = (stored_part(ffn.record, raw, ffn.first + s) for s in ("", "_scales", "_biases"))
+        return Matrix(stored_part(ffn.record, raw, name))
+    words, scales, biases = (stored_part(ffn.record, raw, name + s) for s in ("", "_scales", "_biases"))
     return Matrix(words, scales, biases, ffn.bits, ffn.group_size)
 
 

@@ -265,10 +265,11 @@ class NativeReader:
         if self.closed:
             raise ValueError("the reader is closed")
         begin = time.perf_counter()
+        joined = self._core.joined
         ticket = NativeTicket(self, file, self._core.submit(file.fd, spans, dest))
         self.submitting += time.perf_counter() - begin
         self._running[ticket.number] = ticket
-        self.num_reads += len(spans)
+        self.num_reads += len(spans) - (self._core.joined - joined)
         self.num_bytes += int(spans[:, 2].sum())
         return ticket
 

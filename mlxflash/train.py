@@ -19,12 +19,11 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlxflash.backends import FFN, Backend, Matrix, make_backend
-from mlxflash.bundle import HEADER_BYTES, Bundle
+from mlxflash.backends import Backend, Matrix, make_backend
+from mlxflash.bundle import Bundle
 from mlxflash.calibrate import Progress, calibrate, record_inputs
 from mlxflash.model import load_bundle
-from mlxflash.predictor import MARGIN, deciding_matrix, low_bit_matrix, save_arrays, save_low_rank
-from mlxflash.resident import one_part
+from mlxflash.predictor import MARGIN, deciding, floats, low_bit_matrix, save_arrays, save_low_rank
 
 LEAST_SEQUENCES = 4
 RECALL = 0.96  # what the stored offsets reach at MARGIN, on inputs held out from training
@@ -62,9 +61,11 @@ def train(
 ) -> Bundle:
     """Train `low-rank` on `sequences` (int [n] tokens each; the last is kept to report on) and measure it.
 
-    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError
-    for a width that factors do not fit, too little text, too little disk, NaN activations (names the layer).
+    Goes on where an interrupted call with the same text was. Returns the bundle, reopened. Raises ValueError where
+    units are never zero, for a width that factors do not fit, too little text, too little disk, NaN activations
+    (names the layer).
     """
+    bundle.require_sparse()
     if bundle.manifest.d_model % 32:
         raise ValueError(f"{bundle.path}: width {bundle.manifest.d_model} is not in groups of 32, as 8-bit factors are")
     if len(sequences) <= LEAST_SEQUENCES or min(map(len, sequences)) < 2:
@@ -209,22 +210,6 @@ def _train_layer(
     factors = fit(starts(rank), x, active, test, xp, seed=index, state=state, progress=progress)
     save_low_rank(file, *quantized(factors, *test))
     state.unlink(missing_ok=True)
-
-
-def deciding(bundle: Bundle, index: int) -> tuple[Matrix, np.ndarray, np.ndarray]:
-    """A layer's deciding matrix as stored, the same as float32 [units, d_model], and its bias [units]."""
-    ffn, units = FFN.of(bundle.manifest), bundle.manifest.layers[index].units
-    raw = np.fromfile(bundle.layer_path(index), np.uint8, units * ffn.record.stride, offset=HEADER_BYTES)
-    m = deciding_matrix(ffn, raw.reshape(units, ffn.record.stride))
-    return m, floats(m), one_part(bundle, index, f"{ffn.first}_bias", units)
-
-
-def floats(m: Matrix) -> np.ndarray:
-    """A matrix's values, float32 [rows, columns]."""
-    if not m.bits:
-        return np.array(m.weight.astype(mx.float32))
-    scales, biases = m.scales.astype(mx.float32), m.biases.astype(mx.float32)  # or the result is in half precision
-    return np.array(mx.dequantize(m.weight, scales, biases, m.group_size, m.bits))
 
 
 def _pack(x: np.ndarray, exact: Matrix, bias: np.ndarray, backend: Backend) -> np.ndarray:

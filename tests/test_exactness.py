@@ -319,7 +319,7 @@ def test_interrupted_passes_leave_no_trace(library, backend, budget, look_ahead)
                 (layer.window, "_land"), (layer.window, "_assign"), (layer.window, "_finish"),
                 (layer.window, "_delete"),
                 (layer.window._policy, "use"), (layer.rows, "land"), (layer.rows, "ffn"), (layer.rows, "settle"),
-                (layer.blocks, "start"), (layer.blocks, "wait"),
+                (layer.blocks, "start"), (layer.blocks, "_fill"),
             ):  # fmt: skip
                 setattr(owner, name, interrupting(getattr(owner, name)))
         interrupted = 0

@@ -100,6 +100,57 @@ def test_random_spans(reader, fd, data, count, most):
     np.testing.assert_array_equal(dest, expected(data, spans, size))
 
 
+def neighbours(rng, count, least, most, first=0):
+    """Spans that follow each other in the file, scattered in dest; and the size of dest."""
+    length = rng.integers(least, most, count, endpoint=True)
+    offset = first + np.cumsum(length) - length
+    order = rng.permutation(count)
+    place = np.empty(count, np.int64)
+    place[order] = np.cumsum(length[order] + 3) - length[order] - 3
+    return np.stack([offset, place, length], axis=1).astype(np.uint64), int((length + 3).sum())
+
+
+@pytest.mark.parametrize(("count", "least", "most"), [(2, 1, 9), (64, 4096, 4096), (65, 4096, 4096), (300, 1, 20_000)])
+def test_neighbours_are_read_together_and_land_apart(reader, fd, data, count, least, most):
+    spans, size = neighbours(np.random.default_rng(count), count, least, most, 1000)
+    dest = np.full(size, 0xA5, np.uint8)
+    assert reader.wait(reader.submit(fd, spans, dest)) == spans[:, 2].sum()
+    np.testing.assert_array_equal(dest, expected(data, spans, size))
+    assert count - reader.joined == max(-(-count // 64), -(-int(spans[:, 2].sum()) // (512 << 10)))
+
+
+def test_a_file_that_gives_less_than_it_is_asked_for(reader):
+    """Kernel tables come a page at a time, whatever is asked: joined reads go on inside a span and after it."""
+    try:
+        fd = os.open("/proc/kallsyms", os.O_RDONLY)
+    except OSError:
+        pytest.skip("no /proc/kallsyms")
+    try:
+        pieces, at = [], 0
+        while at < 60_000 and (piece := os.pread(fd, 60_000, at)):
+            pieces.append(piece)
+            at += len(piece)
+        if at < 40_000 or len(pieces) == 1:
+            pytest.skip("it is too short, or comes at once")
+        table_bytes = np.frombuffer(b"".join(pieces), np.uint8)
+        spans, size = neighbours(np.random.default_rng(0), 12, 1500, 3000)
+        dest = np.full(size, 0xA5, np.uint8)
+        reader.wait(reader.submit(fd, spans, dest))
+        assert reader.joined == 11
+        np.testing.assert_array_equal(dest, expected(table_bytes, spans, size))
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("failing", [1, 5, 9])
+def test_the_end_of_the_file_inside_a_joined_read(reader, fd, failing):
+    spans, size = neighbours(np.random.default_rng(3), 10, 4096, 4096)
+    spans[:, 0] += SIZE - np.uint64(failing * 4096 + 100)
+    with pytest.raises(core.ReadError) as caught:
+        reader.wait(reader.submit(fd, spans, np.zeros(size, np.uint8)))
+    assert (caught.value.index, caught.value.offset, caught.value.length) == (failing, spans[failing, 0], 4096)
+
+
 def test_spans_are_copied(reader, fd, data):
     spans, size = random_batch(np.random.default_rng(1), 500, 5000)
     want = expected(data, spans, size)

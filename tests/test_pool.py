@@ -32,8 +32,9 @@ class Slots:
     def __init__(self, kind, record, staging):
         self.record = record
         if kind == "records":
-            self._views = {"record": host_memory(SLOTS * record.stride)[: SLOTS * record.stride]}
-            self.rows = RecordRows(record, self._views["record"], staging)
+            memory = host_memory((SLOTS + 1) * record.stride)[: (SLOTS + 1) * record.stride]
+            self._views = {"record": memory[: SLOTS * record.stride]}
+            self.rows = RecordRows(record, memory, staging, SLOTS if staging.gap else None)
         else:
             self._views = {p.name: memoryview(bytearray(SLOTS * p.num_bytes)) for p in record.parts}
             self.rows = PartRows(record, self._views, staging)
@@ -132,6 +133,24 @@ def test_small_gaps_are_read_through(tmp_path, gap, reads):
     slots = Slots("records", record, Staging(1 << 20, gap))
     slots.rows.land(reader, file, positions, np.arange(4)).wait()
     assert reader.num_reads == reads
+    reader.close()
+    file.close()
+
+
+@pytest.mark.parametrize(("gap", "reads", "records"), [(0, 4, 6), (1, 3, 7), (3, 2, 10)])
+def test_aligned_records_in_small_gaps_are_read_through(tmp_path, gap, reads, records):
+    record = RECORDS["aligned"]
+    raw = np.random.default_rng(0).integers(0, 256, (40, record.stride), dtype=np.uint8)
+    (tmp_path / "layer").write_bytes(bytes(HEADER_BYTES) + raw.tobytes())
+    file, reader = File(tmp_path / "layer", direct=True), make_reader()
+    slots = Slots("records", record, Staging(1 << 20, gap * record.stride))
+    picked, into = np.array([3, 4, 6, 10, 11, 30]), np.array([9, 2, 5, 0, 1, 7])
+    slots.rows.land(reader, file, picked, into).wait()
+    slots.want[into] = raw[picked, : record.num_bytes]
+    slots.assert_held()
+    assert reader.num_bytes == records * record.stride
+    if reader.engine != "python":  # which reads a span at a time
+        assert reader.num_reads == reads
     reader.close()
     file.close()
 

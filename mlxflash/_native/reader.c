@@ -2,6 +2,7 @@
 
    A batch is cut into pieces when it is submitted, in the order of its spans. Workers then take pieces with
    one atomic add each: no lock, no allocation and no Python between two reads. */
+#define _GNU_SOURCE /* preadv */
 #include "native.h"
 #include "reader.h"
 
@@ -14,6 +15,7 @@
 #include <unistd.h>
 
 #define PIECE (512u << 10) /* a long span is shared by several workers; shorter pieces only cost more calls */
+#define MOST_JOINED 64 /* spans in one read */
 #define MOST_THREADS 1024
 #define MOST_DEPTH 4096
 
@@ -100,6 +102,26 @@ bool piece_advance(Queue *queue, Piece *piece, ssize_t outcome) {
     return false;
 }
 
+/* Which of its spans a piece's next byte belongs to; `*inside` is how much of that one is done. */
+static uint32_t piece_at(const Piece *piece, uint32_t *inside) {
+    uint32_t k = 0;
+    *inside = piece->done;
+    while (k + 1 < piece->spans && *inside >= piece->parts[k].iov_len)
+        *inside -= (uint32_t)piece->parts[k++].iov_len;
+    return k;
+}
+
+Rest piece_rest(const Piece *piece) {
+    if (piece->spans == 1)
+        return (Rest){.to = piece->to + piece->done, .bytes = piece->bytes - piece->done, .count = 1};
+    uint32_t inside, k = piece_at(piece, &inside);
+    const struct iovec *part = &piece->parts[k];
+    return (Rest){.to = (unsigned char *)part->iov_base + inside,
+                  .bytes = (uint32_t)part->iov_len - inside,
+                  .parts = part,
+                  .count = inside ? 1 : piece->spans - k};
+}
+
 /* ---- the engine of threads ---- */
 
 static void *thread_main(void *arg) {
@@ -110,8 +132,10 @@ static void *thread_main(void *arg) {
         while ((piece = batch_next(batch))) {
             ssize_t n;
             do {
-                n = pread(batch->fd, piece->to + piece->done, piece->bytes - piece->done,
-                          (off_t)(piece->offset + piece->done));
+                Rest rest = piece_rest(piece);
+                off_t offset = (off_t)(piece->offset + piece->done);
+                n = rest.count > 1 ? preadv(batch->fd, rest.parts, (int)rest.count, offset)
+                                   : pread(batch->fd, rest.to, rest.bytes, offset);
             } while (piece_advance(queue, piece, n < 0 ? -errno : n));
         }
         queue_leave(queue, batch);
@@ -125,7 +149,7 @@ static void *thread_main(void *arg) {
 typedef struct Ticket {
     struct Ticket *next;
     long long number;
-    unsigned long long bytes;
+    unsigned long long bytes, joined;
     Py_buffer dest;
     Batch *batch;
 } Ticket;
@@ -141,6 +165,7 @@ typedef struct {
     /* What follows is touched with the GIL held only. */
     Ticket *tickets;
     long long last_ticket;
+    unsigned long long joined;
     bool closed;
 } Reader;
 
@@ -153,8 +178,9 @@ static const char reader_doc[] =
 static const char submit_doc[] =
     "submit($self, fd, spans, dest, /)\n--\n\n"
     "Starts reading and returns a ticket for wait(). spans: a C-contiguous buffer of uint64 (file offset,\n"
-    "offset in dest, bytes), one triple per read; dest: a writable contiguous buffer. fd must stay open\n"
-    "until the batch has been waited for; dest is kept alive until then.";
+    "offset in dest, bytes), one triple each; short ones that follow each other in the file are one read.\n"
+    "dest: a writable contiguous buffer. fd must stay open until the batch has been waited for; dest is kept\n"
+    "alive until then.";
 
 static const char wait_doc[] =
     "wait($self, ticket, /)\n--\n\n"
@@ -252,7 +278,8 @@ static Py_ssize_t check_spans(const Py_buffer *spans, const Py_buffer *dest) {
 
 static Ticket *ticket_new(int fd, const Py_buffer *spans, const Py_buffer *dest, size_t pieces) {
     Ticket *ticket = malloc(sizeof *ticket);
-    Batch *batch = malloc(sizeof *batch + pieces * sizeof(Piece));
+    size_t spans_count = (size_t)spans->len / 24;
+    Batch *batch = malloc(sizeof *batch + pieces * sizeof(Piece) + spans_count * sizeof(struct iovec));
     if (!ticket || !batch) {
         free(ticket);
         free(batch);
@@ -260,12 +287,23 @@ static Ticket *ticket_new(int fd, const Py_buffer *spans, const Py_buffer *dest,
         return NULL;
     }
     *ticket = (Ticket){.dest = *dest, .batch = batch};
-    *batch = (Batch){.fd = fd, .count = pieces};
+    *batch = (Batch){.fd = fd};
     atomic_init(&batch->holders, 1);
     pthread_cond_init(&batch->over, NULL);
-    Piece *piece = batch->pieces;
+    Piece *piece = batch->pieces; /* the next one to be filled */
+    struct iovec *parts = (struct iovec *)(batch->pieces + pieces);
     const uint64_t *span = spans->buf;
-    for (size_t i = 0; i < (size_t)spans->len / 24; i++, span += 3) {
+    for (size_t i = 0; i < spans_count; i++, span += 3) {
+        parts[i] = (struct iovec){(unsigned char *)dest->buf + span[1], (size_t)span[2]};
+        ticket->bytes += span[2];
+        Piece *last = piece == batch->pieces ? NULL : piece - 1;
+        if (last && last->spans < MOST_JOINED && last->parts && last->offset + last->bytes == span[0] &&
+            span[2] <= PIECE - last->bytes) {
+            last->bytes += (uint32_t)span[2];
+            last->spans++;
+            ticket->joined++;
+            continue;
+        }
         for (uint64_t from = 0; from < span[2]; from += PIECE) {
             uint64_t left = span[2] - from;
             *piece++ = (Piece){
@@ -273,11 +311,13 @@ static Ticket *ticket_new(int fd, const Py_buffer *spans, const Py_buffer *dest,
                 .to = (unsigned char *)dest->buf + span[1] + from,
                 .offset = span[0] + from,
                 .bytes = (uint32_t)(left < PIECE ? left : PIECE),
+                .parts = span[2] <= PIECE ? &parts[i] : NULL, /* parts of a long span are joined with nothing */
+                .spans = 1,
                 .span = i,
             };
         }
-        ticket->bytes += span[2];
     }
+    batch->count = (size_t)(piece - batch->pieces);
     return ticket;
 }
 
@@ -305,6 +345,7 @@ static PyObject *reader_submit(PyObject *object, PyObject *args) {
     ticket->number = ++self->last_ticket;
     ticket->next = self->tickets;
     self->tickets = ticket;
+    self->joined += ticket->joined;
     if (pieces) queue_add(&self->queue, ticket->batch);
     else ticket->batch->ended = true;
     return PyLong_FromLongLong(ticket->number);
@@ -312,11 +353,20 @@ static PyObject *reader_submit(PyObject *object, PyObject *args) {
 
 static void raise_read_error(const Ticket *ticket, PyObject *type) {
     const Batch *batch = ticket->batch;
-    size_t index = batch->pieces[batch->failed].span, first = batch->failed;
-    while (first && batch->pieces[first - 1].span == index) first--;
-    unsigned long long offset = batch->pieces[first].offset, length = 0;
-    for (size_t i = first; i < batch->count && batch->pieces[i].span == index; i++)
-        length += batch->pieces[i].bytes;
+    const Piece *piece = &batch->pieces[batch->failed];
+    size_t index = piece->span, first = batch->failed;
+    unsigned long long offset = piece->offset, length = 0;
+    if (piece->spans > 1) {
+        uint32_t inside, k = piece_at(piece, &inside);
+        index += k;
+        offset += piece->done - inside;
+        length = piece->parts[k].iov_len;
+    } else {
+        while (first && batch->pieces[first - 1].span == index) first--;
+        offset = batch->pieces[first].offset;
+        for (size_t i = first; i < batch->count && batch->pieces[i].span == index; i++)
+            length += batch->pieces[i].bytes;
+    }
 
     int error = batch->error == END_OF_FILE ? EIO : batch->error;
     PyObject *message =
@@ -477,6 +527,7 @@ static PyMethodDef methods[] = {
 static PyMemberDef members[] = {
     {"engine", T_STRING, offsetof(Reader, engine), READONLY, "'threads' or 'io_uring'"},
     {"threads", T_INT, offsetof(Reader, threads), READONLY, "the threads that read; io_uring has one"},
+    {"joined", T_ULONGLONG, offsetof(Reader, joined), READONLY, "spans read together with the one before"},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -9,18 +9,22 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 
 #define END_OF_FILE (-1) /* in place of an errno: no errno says it */
 
 typedef struct Batch Batch;
 
-/* One read as an engine issues it: a span, or a part of a long one. */
+/* One read as an engine issues it: a span, a part of a long one, or several that follow each other in the
+   file and go to places of their own. */
 typedef struct {
     Batch *batch;
-    unsigned char *to;
+    struct iovec *parts; /* where each of the `spans` spans goes */
+    unsigned char *to;   /* where it goes, if it is one span or a part of one */
     uint64_t offset;
     uint32_t bytes, done; /* `done` grows when the kernel reads less than it was asked for */
-    size_t span;
+    uint32_t spans;
+    size_t span; /* the first */
 } Piece;
 
 struct Batch {
@@ -54,6 +58,15 @@ Batch *queue_enter(Queue *queue, bool block);
 void queue_leave(Queue *queue, Batch *batch);
 Piece *batch_next(Batch *batch);
 void batch_release(Queue *queue, Batch *batch);
+/* What is left to read of a piece: one place, unless `count` is above 1, then that many from `parts` on.
+   After a read that ended inside a span the rest of that span comes by itself. */
+typedef struct {
+    unsigned char *to;
+    uint32_t bytes;
+    const struct iovec *parts;
+    uint32_t count;
+} Rest;
+Rest piece_rest(const Piece *piece);
 /* Takes in the outcome of a read, bytes or -errno; true while the piece needs another read. */
 bool piece_advance(Queue *queue, Piece *piece, ssize_t outcome);
 

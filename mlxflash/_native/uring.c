@@ -103,11 +103,13 @@ void ring_close(Ring *ring) {
 static void ring_push(Ring *ring, const Piece *piece) {
     unsigned tail = atomic_load_explicit(ring->sq_tail, memory_order_relaxed);
     struct io_uring_sqe *sqe = &ring->sqes[tail & ring->sq_mask];
+    Rest rest = piece_rest(piece);
+    bool several = rest.count > 1;
     *sqe = (struct io_uring_sqe){
-        .opcode = IORING_OP_READ,
+        .opcode = several ? IORING_OP_READV : IORING_OP_READ,
         .fd = piece->batch->fd,
-        .addr = (uintptr_t)(piece->to + piece->done),
-        .len = piece->bytes - piece->done,
+        .addr = several ? (uintptr_t)rest.parts : (uintptr_t)rest.to,
+        .len = several ? rest.count : rest.bytes,
         .off = piece->offset + piece->done,
         .user_data = (uintptr_t)piece,
     };

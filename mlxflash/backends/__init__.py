@@ -21,7 +21,10 @@ from mlxflash.resident import Tensor
 
 @dataclass(frozen=True)
 class FFN:
-    """What the parts of a record mean: `plain` is act(up.x) * down, `gated` is act(gate.x) * (up.x) * down."""
+    """What the parts of a record mean: `plain` is act(up.x) * down, `gated` is act(gate.x) * (up.x) * down.
+
+    The activation `drelu` is gated and a ReLU of both products; `fatrelu` passes what is above `threshold`.
+    """
 
     layout: str
     activation: str
@@ -29,25 +32,41 @@ class FFN:
     d_model: int
     bits: int = 0  # 0: parts are float rows, else words, scales and biases in groups along d_model
     group_size: int = 0
+    threshold: float = 0.0
 
     @classmethod
     def of(cls, manifest: Manifest, where: str = "manifest.json") -> "FFN":
         """Raises BundleError when the record's parts are not what the layout computes with."""
         q = manifest.quantization or {"bits": 0, "group_size": 0}
-        ffn = cls(manifest.layout, manifest.activation, manifest.record, manifest.d_model, q["bits"], q["group_size"])
+        ffn = cls(
+            manifest.layout,
+            manifest.activation,
+            manifest.record,
+            manifest.d_model,
+            q["bits"],
+            q["group_size"],
+            manifest.threshold,
+        )
         if ffn.bits and (ffn.bits not in (4, 8) or ffn.group_size not in (32, 64, 128) or ffn.d_model % ffn.group_size):
             raise BundleError(f"{where}: {ffn.bits} bits in groups of {ffn.group_size} make no sense; convert again")
         parts = {p.name: (p.dtype, p.shape) for p in ffn.record.parts if p.offset is not None}
         if parts != ffn._streamed(manifest.dtype):
             raise BundleError(f"{where}: these are not {ffn.layout} parts of width {ffn.d_model}; convert again")
         for p in ffn.record.parts:
-            if p.offset is None and (p.name, p.dtype, p.shape) != (f"{ffn.first}_bias", "float32", ()):
+            if p.offset is None and (p.name not in ffn._biases() or (p.dtype, p.shape) != ("float32", ())):
                 raise BundleError(f"{where}: part {p.name!r} means nothing to {ffn.layout} units; convert again")
         return ffn
 
+    def _products(self) -> tuple[str, ...]:
+        return ("gate", "up") if self.layout == "gated" else ("up",)
+
+    def _biases(self) -> list[str]:
+        """Names of the parts that may be resident per unit."""
+        return [f"{name}_bias" for name in self._products()]
+
     def _streamed(self, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name to dtype and shape of every part that a unit of this layout streams."""
-        names = ("gate", "up", "down") if self.layout == "gated" else ("up", "down")
+        names = [*self._products(), "down"]
         if not self.bits:
             return {name: (dtype, (self.d_model,)) for name in names}
         scale = "float16" if dtype == "float32" else dtype
@@ -61,7 +80,11 @@ class FFN:
     @property
     def first(self) -> str:
         """The part whose product with x decides whether a unit is active."""
-        return "gate" if self.layout == "gated" else "up"
+        return self._products()[0]
+
+    def offset(self, bias: np.ndarray | None, units: int) -> np.ndarray:
+        """What is added to the deciding products, so that a unit is active where the sum is above zero: [units]."""
+        return (np.zeros(units, np.float32) if bias is None else bias) - np.float32(self.threshold)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from mlxflash.backends import FFN, Matrix, Traffic, stagings
 from mlxflash.backends.attention import replace_attention
 from mlxflash.bundle import Manifest
 from mlxflash.plan import Plan
-from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
+from mlxflash.pool import MOST_SCRATCH_BYTES, Landing, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
 from mlxflash.resident import MLX, HostArray, Tensor, read_host
 
@@ -52,7 +52,7 @@ class CPUBackend:
         return ffn.record.stride + 4 * sum(p.offset is None for p in ffn.record.parts)
 
     def layer_bytes(self, ffn: FFN) -> int:
-        return 0
+        return ffn.record.stride if ffn.record.stride <= MOST_SCRATCH_BYTES else 0
 
     def operand(self, x: mx.array) -> np.ndarray:
         return _host(x)
@@ -179,7 +179,9 @@ class NativeRows:
         self.capacity = capacity
         self._ffn = ffn
         stride = ffn.record.stride
-        self._memory = RecordRows(ffn.record, host_memory(capacity * stride), staging)
+        scratch = stride <= min(MOST_SCRATCH_BYTES, staging.gap)
+        memory = host_memory((capacity + scratch) * stride)
+        self._memory = RecordRows(ffn.record, memory, staging, capacity if scratch else None)
         self._resident = {p.name: np.zeros(capacity, np.float32) for p in ffn.record.parts if p.offset is None}
         names = [p.name for p in ffn.record.parts if p.offset is not None]
         self._call: dict[str, Any] = {name: ffn.record[name].offset for name in names}
@@ -187,7 +189,7 @@ class NativeRows:
         if ffn.bits:
             scales = KINDS[ffn.record[f"{ffn.first}_scales"].dtype]
             self._call |= {"bits": ffn.bits, "group": ffn.group_size, "scale_dtype": scales}
-        self._call["act"] = ffn.activation
+        self._call |= {"act": ffn.activation, "threshold": ffn.threshold}
 
     def land(self, reader: Reader, source: Source, units: np.ndarray, slots: np.ndarray) -> Landing:
         for name, rows in self._resident.items():

@@ -24,6 +24,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16,
 
 ACTIVATIONS = {
     "relu": nn.relu,
+    "drelu": nn.relu,  # of the gate; the other product's stands in `ffn`
     "relu2": lambda x: mx.square(nn.relu(x)),
     "silu": nn.silu,
     "gelu": nn.gelu,
@@ -213,17 +214,23 @@ class MLXRows:
             self._ffn.bits,
         )
 
+    def _biased(self, x: mx.array, name: str, n: int) -> mx.array:
+        y = self._product(x, name, n, True)
+        return y + self._rows(f"{name}_bias", n).astype(x.dtype) if f"{name}_bias" in self._resident else y
+
     def ffn(
         self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
     ) -> tuple[mx.array, np.ndarray | None]:
         if n == 0:  # the quantised kernels of MLX's CPU device die of zero rows
             return mx.zeros_like(x), np.zeros((watch, 0), bool) if watch else None
-        first = self._product(x, self._ffn.first, n, True)
-        if (bias := f"{self._ffn.first}_bias") in self._resident:
-            first = first + self._rows(bias, n).astype(x.dtype)
-        h = ACTIVATIONS[self._ffn.activation](first)
+        first = self._biased(x, self._ffn.first, n)
+        if self._ffn.activation == "fatrelu":
+            h = mx.where(first > self._ffn.threshold, first, mx.zeros((), first.dtype))
+        else:
+            h = ACTIVATIONS[self._ffn.activation](first)
         if self._ffn.layout == "gated":
-            h = h * self._product(x, "up", n, True)
+            up = self._biased(x, "up", n)
+            h = h * (nn.relu(up) if self._ffn.activation == "drelu" else up)
         if keep is not None:
             h = mx.where(mx.array(keep), h, mx.zeros((), h.dtype))
         y = self._product(h, "down", n, False).astype(x.dtype)

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from mlxflash.bundle import Bundle
-from mlxflash.commands.terminal import Progress, say
+from mlxflash.commands.terminal import FIDELITIES, Progress, say
 from mlxflash.plan import format_bytes
 
 
@@ -36,7 +36,10 @@ def add(p: argparse.ArgumentParser) -> None:
         default=None,
         help="read for the next layer while this one computes (default: where reads wait for a disk)",
     )
-    p.add_argument("--exact", action="store_true", help="compute every unit: the same as --predictor all")
+    p.add_argument(
+        "--fidelity", default=None, choices=FIDELITIES, help="how many active units are not worth a read (high)"
+    )
+    p.add_argument("--exact", action="store_true", help="compute every unit: the same as --fidelity exact")
     p.add_argument("--device", default=None, help="cuda, metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
     p.add_argument("--dtype", default=None, help="when the model is converted first, as for convert")
@@ -51,8 +54,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.exact and args.predictor not in (None, "all"):
         raise ValueError(f"--exact and --predictor {args.predictor} contradict each other")
+    if args.exact and args.fidelity not in (None, "exact"):
+        raise ValueError(f"--exact and --fidelity {args.fidelity} contradict each other")
     with Progress() as progress:
-        bundle = find_bundle(args.model, dtype=args.dtype, bits=args.bits, progress=progress, say=say)
+        bundle = find_bundle(
+            args.model, dtype=args.dtype, bits=args.bits, progress=progress, say=say, memory=args.memory
+        )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text")
@@ -83,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
         bundle,
         memory=args.memory,
         host_memory=args.host_memory,
-        predictor="all" if args.exact else args.predictor,
+        predictor=args.predictor,
+        fidelity="exact" if args.exact else args.fidelity,
         window=args.window,
         device=args.device,
         max_kv_size=args.max_kv_size or min(positions, len(tokens) + args.max_tokens),

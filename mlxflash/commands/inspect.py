@@ -1,11 +1,13 @@
-"""`mlxflash info` and `mlxflash verify`: what a bundle is, and whether it is whole. Need no MLX."""
+"""`mlxflash models`, `info` and `verify`: which models have names, what a bundle is, whether it is whole. No MLX."""
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from mlxflash.bundle import Bundle, BundleError
+from mlxflash.catalog import KNOWN, Known
 from mlxflash.commands.terminal import Progress, say
 from mlxflash.plan import format_bytes
 
@@ -19,6 +21,33 @@ def add_info(p: argparse.ArgumentParser) -> None:
 def add_verify(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", type=Path)
     p.set_defaults(run=run_verify)
+
+
+def add_models(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run=run_models)
+
+
+def run_models(args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps({name: _known_facts(known) for name, known in KNOWN.items()}, indent=1))
+        return
+    print(f"{'name':<18}{'runs':<8}{'f16':>9}{'needs':>10}{'4-bit':>10}{'needs':>10}  hub")
+    for name, known in KNOWN.items():
+        sizes = (known.nbytes(), known.smallest(), known.nbytes(4), known.smallest(4))
+        shown = "".join(f"{format_bytes(size):>{width}}" for size, width in zip(sizes, (9, 10, 10, 10), strict=True))
+        print(f"{name:<18}{known.kind:<8}{shown}  {known.repo}")
+    print("runs: sparse, predicted units only; exact, every unit, streamed")
+    print("needs: the smallest --memory, with 4096 tokens of context")
+
+
+def _known_facts(known: Known) -> dict[str, Any]:
+    return {
+        "hub": known.repo,
+        "kind": known.kind,
+        "bytes": {"f16": known.nbytes(), "q4": known.nbytes(4)},
+        "smallest_memory": {"f16": known.smallest(), "q4": known.smallest(4)},
+    }
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -65,6 +94,7 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "streamed_bytes": bundle.streamed_bytes(),
         "resident_bytes": bundle.resident_bytes(),
         "predictors": {n: sum(f.stat().st_size for f in bundle.predictor_files(n)) for n in bundle.predictors()},
+        "runs": "sparse: predicted units only" if m.sparse else "exact: every unit, streamed where it is not held",
         "calibration": m.calibration,
         "source": m.source,
     }
@@ -81,11 +111,29 @@ def describe(bundle: Bundle) -> str:
         f"  records     {f['record_bytes']} bytes every {f['record_stride']}: {names}",
         f"  streamed    {format_bytes(f['streamed_bytes'])}",
         f"  resident    {format_bytes(f['resident_bytes'])}",
+        f"  runs        {f['runs']}",
     ]
     for name, size in f["predictors"].items():
         said = m.calibration.get(name)
         lines.append(f"  predictor   {name}, {format_bytes(size)}: {_said(said)}")
+        lines += [f"  fidelity    {line}" for line in _levels(bundle, name)]
     return "\n".join(lines)
+
+
+def _levels(bundle: Bundle, predictor: str) -> list[str]:
+    """The fidelity report: a line per level of a predictor, as measured with nothing held from earlier tokens."""
+    found = bundle.manifest.calibration.get("fidelity", {}).get(predictor)
+    if not found:
+        return []
+    size = sum(layer.units for layer in bundle.manifest.layers) * bundle.manifest.record.num_bytes
+    lines = []
+    for name, level in found["levels"].items():
+        reached = "" if level["met"] else ", as near as the predictor comes"
+        lines.append(
+            f"{name}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
+            f"{format_bytes(level['flagged'] * size)} per token{reached}"
+        )
+    return lines
 
 
 def _said(said: dict[str, Any] | None) -> str:

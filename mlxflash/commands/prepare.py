@@ -3,11 +3,10 @@
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 from mlxflash.bundle import Bundle
 from mlxflash.commands.inspect import describe
-from mlxflash.commands.terminal import Progress, say
+from mlxflash.commands.terminal import Progress, read_text, read_words, say
 
 
 def add_convert(p: argparse.ArgumentParser) -> None:
@@ -32,6 +31,12 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--text", default=None, metavar="FILE", help="text to measure on (the model's own)")
     p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
     p.add_argument("--predictor", default="low-bit", choices=["low-bit", "low-rank"], help="which one (low-bit)")
+    p.add_argument(
+        "--levels",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="find the levels of --fidelity too: some thirty passes over the tokens, hours for the largest models",
+    )
     p.add_argument("--memory", default=None, help="as for generate")
     p.add_argument("--device", default=None, help="as for generate")
     p.set_defaults(run=run_calibrate)
@@ -58,16 +63,17 @@ def add_reorder(p: argparse.ArgumentParser) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     from mlxflash.calibrate import calibrate
+    from mlxflash.catalog import ALIASES
     from mlxflash.converters import convert
-    from mlxflash.hub import ALIASES, download
+    from mlxflash.hub import download, is_repo
 
     start = time.perf_counter()
     _check_tokens(args)
     source = Path(args.source)
-    if not source.exists() and (args.source in ALIASES or (args.source.count("/") == 1 and args.source[0] not in "./")):
+    if not source.exists() and (args.source in ALIASES or (is_repo(args.source) and args.source[0] != ".")):
         source = download(ALIASES.get(args.source, args.source))
     text = args.calibrate if args.calibrate not in ("auto", "self", "none") else None
-    tokens = None if text is None or not source.is_dir() else _read_text(text, source, args.tokens)
+    tokens = None if text is None or not source.is_dir() else read_text(text, source, args.tokens)
     with Progress() as progress:
         bundle = convert(
             source, args.target, dtype=args.dtype, bits=args.bits, group_size=args.group_size, progress=progress
@@ -85,7 +91,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
 
     _check_tokens(args)
     bundle = Bundle.open(args.bundle)
-    tokens = None if args.text is None else _read_text(args.text, bundle.path, args.tokens)
+    tokens = None if args.text is None else read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
         bundle = calibrate(
             bundle,
@@ -95,6 +101,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
             device=args.device,
             progress=progress,
             predictor=args.predictor,
+            levels=args.levels,
         )
     print(describe(bundle))
 
@@ -107,7 +114,7 @@ def run_train(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _check_tokens(args)
     bundle = Bundle.open(args.bundle)
-    words = _read_words(args.text)
+    words = read_words(args.text)
     tokenizer = load_tokenizer(bundle.path)
     length = min(512, max_positions(bundle.config()))
     sequences = stretches(words, tokenizer.encode, args.tokens, length)
@@ -124,7 +131,7 @@ def run_reorder(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _check_tokens(args)
     bundle = Bundle.open(args.bundle)
-    tokens = _read_text(args.text, bundle.path, args.tokens)
+    tokens = read_text(args.text, bundle.path, args.tokens)
     disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)])
     gap = disk.gap_bytes() // bundle.manifest.record.stride if disk else 0
     with Progress() as progress:
@@ -140,27 +147,7 @@ def run_reorder(args: argparse.Namespace) -> None:
 
 
 def _check_tokens(args: argparse.Namespace) -> None:
-    from mlxflash.calibrate import LEAST_TOKENS
+    from mlxflash.evaluate import LEAST_TOKENS
 
     if args.tokens < LEAST_TOKENS:
         raise ValueError(f"--tokens {args.tokens}: at least {LEAST_TOKENS}")
-
-
-def _read_text(file: str, model: Path, num_tokens: int) -> Any:
-    """The first tokens of a text, int64 [n], by the tokenizer of a bundle or checkpoint."""
-    import numpy as np
-
-    from mlxflash.api import load_tokenizer
-    from mlxflash.calibrate import check_length
-
-    words = _read_words(file)
-    tokens = np.array(load_tokenizer(model).encode(words[: 16 * num_tokens])[:num_tokens], np.int64)
-    check_length(tokens)
-    return tokens
-
-
-def _read_words(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: not UTF-8 text") from None

@@ -1,7 +1,10 @@
-"""What people see on stderr."""
+"""What commands share: what people see on stderr, and the texts they name."""
 
 import sys
+from pathlib import Path
 from typing import Any
+
+FIDELITIES = ("exact", "high", "balanced", "fast")  # as in fidelity.py, which needs MLX
 
 
 def say(text: str) -> None:
@@ -35,3 +38,24 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def read_text(file: str, model: Path, num_tokens: int) -> Any:
+    """The first tokens of a text, int64 [n], by the tokenizer of a bundle or checkpoint."""
+    import numpy as np
+
+    from mlxflash.api import load_tokenizer
+    from mlxflash.evaluate import check_length
+
+    words = read_words(file)
+    tokens = np.array(load_tokenizer(model).encode(words[: 16 * num_tokens])[:num_tokens], np.int64)
+    check_length(tokens, file)
+    return tokens
+
+
+def read_words(file: str) -> str:
+    """A text file's content. Raises ValueError when it is no text."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8 text") from None

@@ -1,49 +1,157 @@
 """Model families: which class computes a `model_type`, and how its feed-forward weights are named and laid out.
 
 Adding a family is one row here (and a model file beside this one where mlx-lm lacks it or would compute it wrongly).
+The feed-forward layers are ours, so the activation is the one that config.json names, whatever the class would compute.
 """
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+WORDS = {  # transformers' names of activations; any other is refused
+    "relu": "relu",
+    "relu2": "relu2",
+    "fatrelu": "fatrelu",  # ProSparse's, with `hidden_act_param` as its threshold
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+FUSED = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`. Parts map to parameter paths relative to the FFN module, as in `{"up": "fc1"}`."""
+    """One `model_type`. Parts map to parameter paths relative to the FFN module, as in `{"up": "fc1"}`; parts that
+    share a path lie in it one after the other."""
 
     module: str  # where Model and ModelArgs are
     layout: str  # plain | gated
-    ffn: str  # attribute of a layer that is the FFN
-    parts: dict[str, str]
-    activation_key: str  # of config.json
-    activations: dict[str, str]  # config.json's word -> ours; any other is refused
-    units_key: str = "intermediate_size"
-    positions_key: str = "max_position_embeddings"
-    ffn_norm: str = ""  # attribute of a layer that norms the residual stream for the FFN
+    parts: Mapping[str, str]
+    ffn: str = "mlp"  # attribute of a layer that is the FFN
+    activation_keys: tuple[str, ...] = ("hidden_act",)  # of config.json; the first that says something
+    activations: Mapping[str, str] = field(default_factory=lambda: WORDS)  # config.json's word -> ours
+    keys: Mapping[str, str] = field(default_factory=dict)  # llama's name of a number -> config.json's
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where config.json is silent
+    prefixes: Mapping[str, str] = field(default_factory=dict)  # of stored names -> those that `sanitize` expects
+    kv_heads: Callable[[dict[str, Any]], Any] | None = None  # key-value heads, where config.json says it otherwise
+    windowed: bool = False  # the class computes sliding-window attention, or the family has none
 
 
+def mlx_lm(name: str) -> str:
+    return f"mlx_lm.models.{name}"
+
+
+WIDENED = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
+UNTIED = {"hidden_act": "silu", "tie_word_embeddings": False}
 FAMILIES = {
     "opt": Family(
         module="mlxflash.models.opt",
         layout="plain",
-        ffn="mlp",
         parts={"up": "fc1", "down": "fc2"},
-        activation_key="activation_function",
+        activation_keys=("activation_function",),
         activations={"relu": "relu"},
-        units_key="ffn_dim",
-        ffn_norm="final_layer_norm",
+        keys={"intermediate_size": "ffn_dim"},
     ),
+    "llama": Family(mlx_lm("llama"), "gated", GATED, defaults=UNTIED, windowed=True),
+    "sparsellama": Family(mlx_lm("llama"), "gated", GATED, defaults={"tie_word_embeddings": False}, windowed=True),
+    "mistral": Family(mlx_lm("llama"), "gated", GATED, defaults=UNTIED),
+    "bamboo": Family(
+        mlx_lm("llama"), "gated", GATED, activations={"relu": "drelu"}, defaults={"tie_word_embeddings": False}
+    ),
+    "qwen2": Family(mlx_lm("qwen2"), "gated", GATED, defaults=UNTIED),
+    "qwen3": Family(mlx_lm("qwen3"), "gated", GATED, defaults=UNTIED),
+    "olmo2": Family(mlx_lm("olmo2"), "gated", GATED, defaults=UNTIED),
+    "gemma": Family(
+        mlx_lm("gemma"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation", "hidden_act"),
+        activations=WORDS | {"gelu": "gelu_tanh"},  # what its first configs meant, and transformers 4 computed
+        defaults={"hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma2": Family(
+        mlx_lm("gemma2"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation",),
+        defaults={"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
+    ),
+    "gemma3_text": Family(
+        mlx_lm("gemma3_text"),
+        "gated",
+        GATED,
+        activation_keys=("hidden_activation",),
+        keys={"sliding_window_pattern": "_sliding_window_pattern"},
+        defaults={"hidden_activation": "gelu_pytorch_tanh"},
+        windowed=True,
+    ),
+    "granite": Family(mlx_lm("granite"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "stablelm": Family(mlx_lm("stablelm"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "minicpm": Family("mlxflash.models.minicpm", "gated", GATED, defaults={"tie_word_embeddings": True}),
+    "falcon": Family(
+        "mlxflash.models.falcon",
+        "plain",
+        WIDENED,
+        activation_keys=("activation",),
+        keys={"hidden_size": "n_embed", "intermediate_size": "ffn_hidden_size"},
+        defaults={"activation": "gelu", "max_position_embeddings": 2048},
+        kv_heads=lambda c: (
+            c.get("num_kv_heads") if c.get("new_decoder_architecture") else 1 if c.get("multi_query", True) else None
+        ),
+    ),
+    "persimmon": Family(
+        "mlxflash.models.persimmon",
+        "plain",
+        WIDENED,
+        defaults={"hidden_act": "relu2", "max_position_embeddings": 16384},
+    ),
+    "nemotron": Family(mlx_lm("nemotron"), "plain", {"up": "up_proj", "down": "down_proj"}),
+    "phi": Family(
+        mlx_lm("phi"),
+        "plain",
+        {"up": "fc1", "down": "fc2"},
+        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "max_position_embeddings": 2048},
+    ),
+    "gpt2": Family(
+        mlx_lm("gpt2"),
+        "plain",
+        {"up": "c_fc", "down": "c_proj"},
+        activation_keys=("activation_function",),
+        keys={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+        defaults={"activation_function": "gelu_new", "n_ctx": 1024},
+        prefixes={"transformer.": ""},
+    ),
+    "gpt_neox": Family(
+        mlx_lm("gpt_neox"), "plain", WIDENED, defaults={"hidden_act": "gelu"}, prefixes={"lm_head.": "embed_out."}
+    ),
+    "starcoder2": Family(mlx_lm("starcoder2"), "plain", {"up": "c_fc", "down": "c_proj"}),
+    "smollm3": Family(mlx_lm("smollm3"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "seed_oss": Family(mlx_lm("seed_oss"), "gated", GATED, defaults=UNTIED),
+    "cohere": Family(mlx_lm("cohere"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu"}),
+    "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
+    "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
 }
 
 
-def family_of(config: Any, where: str) -> tuple[Family, str]:
-    """The family of a checkpoint's config and its activation in our words.
+def settings(config: Any, where: str) -> dict[str, Any]:
+    """config.json as model classes read it: numbers under llama's names, defaults and rotary settings spelled out.
 
-    Raises ValueError when config.json is not that of a model, and names what is not supported.
+    Raises ValueError when it is not that of a supported model.
     """
     if not isinstance(config, dict):
         raise ValueError(f"{where}: config.json is not a JSON object")
@@ -51,22 +159,68 @@ def family_of(config: Any, where: str) -> tuple[Family, str]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
-    word = config.get(family.activation_key)
+    full = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k not in family.defaults}}
+    for ours, theirs in family.keys.items():
+        if full.get(theirs) is not None:
+            full[ours] = full[theirs]
+    if full.get("intermediate_size") is None and isinstance(full.get("hidden_size"), int):
+        full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
+    said = family.kv_heads(full) if family.kv_heads is not None else full.get("num_key_value_heads")
+    full["num_key_value_heads"] = said or full.get("num_attention_heads")
+    _spell_out_rope(full)
+    _check_numbers(full, family, where)
+    if not family.windowed and full.get("use_sliding_window", True):
+        window = full.get("sliding_window")  # the class would attend further back: positions end where that starts
+        if isinstance(window, int) and window > 0:
+            full["max_position_embeddings"] = min(full["max_position_embeddings"], window)
+    return full
+
+
+def _spell_out_rope(config: dict[str, Any]) -> None:
+    """transformers 5 writes `rope_parameters` where mlx-lm's classes read `rope_theta` and `rope_scaling`."""
+    said = config.get("rope_parameters")
+    if not isinstance(said, dict):
+        return
+    if "full_attention" in said:  # Gemma 3: one for each kind of layer
+        config.setdefault("rope_local_base_freq", said.get("sliding_attention", {}).get("rope_theta", 10000.0))
+        said = said["full_attention"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in said:
+            config.setdefault(key, said[key])
+    if said.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", said)
+
+
+def family_of(config: Any, where: str) -> tuple[Family, str, float]:
+    """The family of a checkpoint's config, its activation in our words, and the activation's threshold.
+
+    Raises ValueError when config.json is not that of a model, and names what is not supported.
+    """
+    full = settings(config, where)
+    kind = full["model_type"]
+    family = FAMILIES[kind]
+    said = {key: full[key] for key in family.activation_keys if full.get(key) is not None}
+    key, word = next(iter(said.items()), (family.activation_keys[0], None))
     if not isinstance(word, str) or word not in family.activations:
         raise ValueError(
-            f"{where}: {family.activation_key} {word!r} is not supported for {kind}; "
-            f"supported: {', '.join(sorted(family.activations))}"
+            f"{where}: {key} {word!r} is not supported for {kind}; supported: {', '.join(sorted(family.activations))}"
         )
-    _check_numbers(config, family, where)
-    return family, family.activations[word]
+    activation, threshold = family.activations[word], 0.0
+    if activation == "fatrelu":
+        threshold = full.get("hidden_act_param", 0.0)
+        if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold < 1e6:
+            raise ValueError(f"{where}: hidden_act_param {threshold!r} in config.json is no threshold for fatrelu")
+    return family, activation, float(threshold)
 
 
 def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
-    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    for key in (*keys, family.units_key, family.positions_key):
+    keys = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    keys += ["max_position_embeddings"] + [key for key in ("num_key_value_heads", "head_dim") if config.get(key)]
+    for key in keys:
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise ValueError(f"{where}: {key} in config.json is {value!r}, not a positive number")
+            name = family.keys.get(key, key)
+            raise ValueError(f"{where}: {name} in config.json is {value!r}, not a positive number")
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if not config.get("head_dim") and width % heads:
         raise ValueError(f"{where}: num_attention_heads {heads} does not divide hidden_size {width} in config.json")
@@ -74,12 +228,12 @@ def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
 
 def build_model(config: dict[str, Any], where: str, base: type | None = None) -> nn.Module:
     """The family's model with weights not yet loaded (lazy, they take no memory); `base` is mixed into its class."""
-    family, _ = family_of(config, where)
-    module = importlib.import_module(family.module)
+    full = settings(config, where)
+    module = importlib.import_module(FAMILIES[full["model_type"]].module)
     cls = module.Model if base is None else type(module.Model.__name__, (base, module.Model), {})
     try:
-        model: nn.Module = cls(module.ModelArgs.from_dict(config))
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        model: nn.Module = cls(module.ModelArgs.from_dict(full))
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, KeyError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None
     mx.eval(mx.random.state)  # or each model leaves its uncomputed draws of initial weights behind
@@ -87,11 +241,12 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
 
 
 def max_positions(config: dict[str, Any]) -> int:
-    return int(config[FAMILIES[config["model_type"]].positions_key])
+    return int(settings(config, "")["max_position_embeddings"])
 
 
 def kv_values_per_token(config: dict[str, Any]) -> int:
     """Numbers that one token adds to the key-value cache, all layers together."""
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    return int(2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim)
+    full = settings(config, "")
+    heads = full["num_attention_heads"]
+    head_dim = full.get("head_dim") or full["hidden_size"] // heads
+    return int(2 * full["num_hidden_layers"] * (full.get("num_key_value_heads") or heads) * head_dim)

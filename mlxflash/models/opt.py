@@ -11,6 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 
+from mlxflash.models.layers import linear
+
 POSITION_OFFSET = 2
 
 
@@ -33,16 +35,6 @@ class ModelArgs(BaseModelArgs):
 
     def __post_init__(self) -> None:
         self.word_embed_proj_dim = self.word_embed_proj_dim or self.hidden_size
-
-
-def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-    """An nn.Linear of zeros: random weights, uncomputed, take 100 kB a layer until they are replaced."""
-    module = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(module)
-    module.weight = mx.zeros((outputs, inputs))
-    if bias:
-        module.bias = mx.zeros((outputs,))
-    return module
 
 
 class Attention(nn.Module):

@@ -1,0 +1,167 @@
+"""Public models by short names, and what any model takes before it is downloaded: sizes, memory, how it runs.
+
+Numbers are those of the models' own config.json; bytes follow from them by arithmetic. Imports no MLX.
+"""
+
+from dataclasses import dataclass
+
+from mlxflash.bundle import SPARSE_ACTIVATIONS, Part, make_record
+from mlxflash.plan import LAYER_OBJECTS, BudgetError, Sizes, format_bytes, make_plan, parse_memory
+
+GROUP_SIZE = 64
+LOW_BIT_BYTES = (3 + 32 / GROUP_SIZE) / 8  # of a weight in a low-bit predictor: 3 bits, its group's scale and bias
+CONTEXT = 4096  # tokens of key-value cache, unless the model's positions end before
+
+
+@dataclass(frozen=True)
+class Known:
+    """A dense model's numbers."""
+
+    repo: str
+    activation: str
+    gated: bool
+    layers: int
+    width: int
+    units: int  # per layer
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    positions: int
+    tied: bool = False
+    head_dim: int = 0  # 0: width / heads
+
+    @property
+    def kind(self) -> str:
+        """How it runs where it is larger than memory."""
+        return "sparse" if self.activation in SPARSE_ACTIVATIONS else "exact"
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """How many are streamed, and how many are resident (matrices; the rest is next to nothing)."""
+        dim = self.head_dim or self.width // self.heads
+        attention = 2 * self.width * dim * (self.heads + self.kv_heads)
+        embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
+        return self.layers * self.units * self.width * (3 if self.gated else 2), self.layers * attention + embeddings
+
+    def nbytes(self, bits: int | None = None) -> int:
+        """Of the converted model, half precision or quantised."""
+        return int(sum(self.weights) * _weight_bytes(bits))
+
+    def sizes(self, bits: int | None = None) -> Sizes:
+        """What the planner is told of it on a CPU."""
+        names = ("gate", "up", "down") if self.gated else ("up", "down")
+        parts = []
+        for name in names:
+            if bits:
+                parts.append(Part(name, "uint32", (self.width * bits // 32,), 0))
+                parts += [Part(f"{name}_{what}", "float16", (self.width // GROUP_SIZE,), 0) for what in ("s", "b")]
+            else:
+                parts.append(Part(name, "float16", (self.width,), 0))
+        record = make_record(parts)
+        predictor = LOW_BIT_BYTES * self.width + 8 if self.kind == "sparse" else 0
+        return Sizes(
+            model=self.nbytes(bits),
+            resident=int(self.weights[1] * _weight_bytes(bits)),
+            objects=self.layers * LAYER_OBJECTS,
+            predictor=int(self.layers * self.units * predictor),
+            units=(self.units,) * self.layers,
+            curves=None,
+            slot=record.stride,
+            stride=record.stride,
+            kv_token=2 * self.layers * self.kv_heads * (self.head_dim or self.width // self.heads) * 4,
+            activation_token=16 * self.width * 4,
+            score_token=2 * self.heads * 4,
+            activation_item=4,
+            vocabulary=self.vocabulary,
+            staged=not record.aligned,
+        )
+
+    def smallest(self, bits: int | None = None) -> int:
+        """The least budget that works, bytes."""
+        try:
+            make_plan(self.sizes(bits), 1, min(CONTEXT, self.positions))
+        except BudgetError as error:
+            return error.smallest
+        raise AssertionError("one byte is never enough")
+
+
+def preview(known: Known, memory: str | int | None) -> str:
+    """What a model will take, and what it will do in `memory` (None: what is free here), float and 4-bit."""
+    lines = [f"{known.repo} is to be downloaded ({format_bytes(known.nbytes())} or more) and converted:"]
+    for flag, bits in (("float16", None), ("-q 4", 4)):
+        sizes = known.sizes(bits)
+        said = f"  {flag:<8} {format_bytes(known.nbytes(bits)):>9} on disk"
+        try:
+            plan = make_plan(sizes, parse_memory(memory, sizes.model), min(CONTEXT, known.positions))
+        except BudgetError as error:
+            lines.append(f"{said}; {format_bytes(error.smallest)} of memory at least, which is more than there is")
+            continue
+        absent = sum(sizes.units) - sum(plan.capacities)
+        if plan.whole:
+            how = "all of it held, nothing read"
+        elif known.kind == "sparse":
+            how = f"{1 - absent / sum(sizes.units):.0%} of the units held, only those predicted are read"
+        else:
+            how = f"{1 - absent / sum(sizes.units):.0%} of the units held, {format_bytes(absent * sizes.stride)} read"
+            how += " per token, exactly as the model is"
+        lines.append(f"{said}; in {format_bytes(plan.memory)} of memory {how}")
+    return "\n".join(lines)
+
+
+def _weight_bytes(bits: int | None) -> float:
+    return 2 if bits is None else bits / 8 + 4 / GROUP_SIZE
+
+
+def _opt(size: str, layers: int, width: int, heads: int) -> Known:
+    return Known(f"facebook/opt-{size}", "relu", False, layers, width, 4 * width, heads, heads, 50272, 2048, tied=True)
+
+
+def _llama2(repo: str, activation: str, layers: int, width: int, units: int, heads: int, kv_heads: int) -> Known:
+    return Known(repo, activation, True, layers, width, units, heads, kv_heads, 32000, 4096)
+
+
+KNOWN = {
+    "opt-125m": _opt("125m", 12, 768, 12),
+    "opt-350m": _opt("350m", 24, 1024, 16),
+    "opt-1.3b": _opt("1.3b", 24, 2048, 32),
+    "opt-2.7b": _opt("2.7b", 32, 2560, 32),
+    "opt-6.7b": _opt("6.7b", 32, 4096, 32),
+    "opt-13b": _opt("13b", 40, 5120, 40),
+    "opt-30b": _opt("30b", 48, 7168, 56),
+    "opt-66b": _opt("66b", 64, 9216, 72),
+    "relullama-7b": _llama2("SparseLLM/ReluLLaMA-7B", "relu", 32, 4096, 11008, 32, 32),
+    "relullama-13b": _llama2("SparseLLM/ReluLLaMA-13B", "relu", 40, 5120, 13824, 40, 40),
+    "relullama-70b": _llama2("SparseLLM/ReluLLaMA-70B", "relu", 80, 8192, 28672, 64, 8),
+    "prosparse-7b": _llama2("SparseLLM/prosparse-llama-2-7b", "fatrelu", 32, 4096, 11008, 32, 32),
+    "prosparse-13b": _llama2("SparseLLM/prosparse-llama-2-13b", "fatrelu", 40, 5120, 13824, 40, 40),
+    "minicpm-s-1b": Known("openbmb/MiniCPM-S-1B-sft", "relu", True, 52, 1536, 3840, 24, 8, 122753, 4096, tied=True),
+    "relufalcon-40b": Known("SparseLLM/ReluFalcon-40B", "relu", False, 60, 8192, 32768, 128, 8, 65024, 2048, tied=True),
+    "persimmon-8b": Known("adept/persimmon-8b-base", "relu2", False, 36, 4096, 16384, 64, 64, 262144, 16384),
+    "nemotron-mini-4b": Known(
+        "nvidia/Nemotron-Mini-4B-Instruct", "relu2", False, 32, 3072, 9216, 24, 8, 256000, 4096, head_dim=128
+    ),
+    "falcon-7b": Known("tiiuae/falcon-7b", "gelu", False, 32, 4544, 18176, 71, 1, 65024, 2048, tied=True),
+    "falcon-rw-1b": Known("tiiuae/falcon-rw-1b", "gelu", False, 24, 2048, 8192, 32, 32, 50304, 2048, tied=True),
+    "falcon-11b": Known("tiiuae/falcon-11B", "gelu", False, 60, 4096, 16384, 32, 8, 65024, 8192),
+    "falcon-40b": Known("tiiuae/falcon-40b", "gelu", False, 60, 8192, 32768, 128, 8, 65024, 2048, tied=True),
+    "falcon-180b": Known("tiiuae/falcon-180B", "gelu", False, 80, 14848, 59392, 232, 8, 65024, 2048, tied=True),
+    "llama-2-7b": _llama2("meta-llama/Llama-2-7b-hf", "silu", 32, 4096, 11008, 32, 32),
+    "llama-3.1-8b": Known("meta-llama/Llama-3.1-8B", "silu", True, 32, 4096, 14336, 32, 8, 128256, 131072),
+    "llama-3.1-70b": Known("meta-llama/Llama-3.1-70B", "silu", True, 80, 8192, 28672, 64, 8, 128256, 131072),
+    "mistral-7b": Known("mistralai/Mistral-7B-v0.1", "silu", True, 32, 4096, 14336, 32, 8, 32000, 4096),
+    "qwen2.5-7b": Known("Qwen/Qwen2.5-7B", "silu", True, 28, 3584, 18944, 28, 4, 152064, 131072),
+    "qwen2.5-32b": Known("Qwen/Qwen2.5-32B", "silu", True, 64, 5120, 27648, 40, 8, 152064, 131072),
+    "qwen3-8b": Known("Qwen/Qwen3-8B", "silu", True, 36, 4096, 12288, 32, 8, 151936, 40960, head_dim=128),
+    "qwen3-32b": Known("Qwen/Qwen3-32B", "silu", True, 64, 5120, 25600, 64, 8, 151936, 40960, head_dim=128),
+    "gemma-2b": Known("google/gemma-2b", "gelu_tanh", True, 18, 2048, 16384, 8, 1, 256000, 8192, True, 256),
+    "gemma-2-9b": Known("google/gemma-2-9b", "gelu_tanh", True, 42, 3584, 14336, 16, 8, 256000, 4096, True, 256),
+    "gemma-3-1b": Known("google/gemma-3-1b-it", "gelu_tanh", True, 26, 1152, 6912, 4, 1, 262144, 32768, True, 256),
+    "olmo-2-7b": Known("allenai/OLMo-2-1124-7B", "silu", True, 32, 4096, 11008, 32, 32, 100352, 4096),
+    "phi-2": Known("microsoft/phi-2", "gelu_tanh", False, 32, 2560, 10240, 32, 32, 51200, 2048),
+    "phi-4": Known("microsoft/phi-4", "silu", True, 40, 5120, 17920, 40, 10, 100352, 16384),
+    "glm-4-9b": Known("THUDM/GLM-4-9B-0414", "silu", True, 40, 4096, 13696, 32, 2, 151552, 32768, head_dim=128),
+    "gpt2-xl": Known("openai-community/gpt2-xl", "gelu_tanh", False, 48, 1600, 6400, 25, 25, 50257, 1024, tied=True),
+    "pythia-6.9b": Known("EleutherAI/pythia-6.9b", "gelu", False, 32, 4096, 16384, 32, 32, 50432, 2048),
+    "starcoder2-7b": Known("bigcode/starcoder2-7b", "gelu_tanh", False, 32, 4608, 18432, 36, 4, 49152, 4096, tied=True),
+}
+ALIASES = {name: known.repo for name, known in KNOWN.items()}

@@ -1,0 +1,93 @@
+"""Public models by name: the arithmetic of their sizes is the loader's, and what is said before a download is true."""
+
+import json
+
+import pytest
+
+from mlxflash.catalog import ALIASES, KNOWN, Known, preview
+from mlxflash.hub import STORY, is_repo, weights_pattern
+from mlxflash.plan import BudgetError, format_bytes
+
+MILLIONS = {  # parameters, as model cards have them
+    "opt-6.7b": 6658, "falcon-7b": 6922, "falcon-40b": 41303, "llama-2-7b": 6738, "llama-3.1-8b": 8030,
+    "mistral-7b": 7242, "qwen2.5-7b": 7616, "qwen3-8b": 8191, "gemma-2b": 2506, "phi-2": 2780, "olmo-2-7b": 7299,
+    "gpt2-xl": 1558, "nemotron-mini-4b": 4190, "relufalcon-40b": 41303, "prosparse-7b": 6738, "persimmon-8b": 9400,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_parameters(name):
+    assert sum(KNOWN[name].weights) / 1e6 == pytest.approx(MILLIONS[name], rel=0.01)
+
+
+def test_names_are_the_hubs():
+    assert all(is_repo(repo) for repo in ALIASES.values())
+    assert len(set(ALIASES.values())) == len(ALIASES)
+    assert not any("/" in name for name in ALIASES)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_needed_grows_with_what_there_is(name):
+    known = KNOWN[name]
+    assert known.nbytes(4) < known.nbytes(8) < known.nbytes()
+    assert known.smallest(4) < known.smallest()
+    assert known.kind == ("sparse" if known.activation in ("relu", "relu2", "fatrelu") else "exact")
+
+
+def test_the_arithmetic_is_the_loaders():
+    """On the embedded model: bytes, and the least budget that loads it."""
+    pytest.importorskip("mlx.core")
+    from mlxflash.backends import make_backend
+    from mlxflash.bundle import Bundle
+    from mlxflash.model import load_bundle
+
+    if make_backend().name != "cpu":
+        pytest.skip("the catalogue's numbers are a CPU's")
+    bundle = Bundle.open(STORY)
+    c = bundle.config()
+    heads = c["num_attention_heads"]
+    numbers = c["hidden_size"], c["ffn_dim"], heads, heads, c["vocab_size"], c["max_position_embeddings"]
+    known = Known("story", "relu", False, bundle.num_layers, *numbers, tied=True)
+    bits = bundle.manifest.quantization["bits"]
+    assert known.nbytes(bits) == pytest.approx(bundle.streamed_bytes() + bundle.resident_bytes(), rel=0.05)
+    with pytest.raises(BudgetError) as refused:
+        load_bundle(STORY, memory=1, max_kv_size=known.positions)
+    assert known.smallest(bits) == pytest.approx(refused.value.smallest, rel=0.05)
+
+
+def test_preview():
+    known = KNOWN["falcon-7b"]
+    said = preview(known, "6GB").splitlines()
+    assert "tiiuae/falcon-7b" in said[0]
+    assert "13.84 GB on disk; in 6.00 GB of memory" in said[1]
+    assert "per token, exactly as the model is" in said[1]
+    assert "-q 4" in said[2]
+    assert "all of it held" in said[2]
+    assert f"{format_bytes(known.smallest())} of memory at least" in preview(known, "1GB")
+    assert "only those predicted are read" in preview(KNOWN["opt-6.7b"], "9GB")
+
+
+@pytest.mark.parametrize(("name", "good"), [
+    ("a/b", True), ("a-b/c.d", True), ("a/b@main", True), ("a/b@refs/pr/1", True), ("a", False), ("a/b/c", False),
+    ("a/b@", False), ("../a/b", False),
+])  # fmt: skip
+def test_hub_names(name, good):
+    assert is_repo(name) == good
+
+
+def test_safetensors_come_before_pytorchs_files():
+    assert weights_pattern(["a.json", "model.safetensors", "pytorch_model.bin"]) == "*.safetensors"
+    assert weights_pattern(["a.json", "pytorch_model.bin", "onnx/model.safetensors"]) == "pytorch_model*.bin"
+
+
+def test_models_lists_them(capsys):
+    from mlxflash.cli import main
+
+    main(["models"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(KNOWN) + 3
+    assert any(line.startswith("falcon-7b ") and "exact" in line and "tiiuae/falcon-7b" in line for line in lines)
+    main(["models", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["opt-6.7b"]["kind"] == "sparse"
+    assert facts["opt-6.7b"]["smallest_memory"]["q4"] == KNOWN["opt-6.7b"].smallest(4)

@@ -1,0 +1,191 @@
+"""Laws of the levels of fidelity: what is recorded is what the decode path does, thresholds are importance, and what
+cannot be had is said."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from build import Shape, load, prompt_of
+from reference import read_records, stored_model, write_safetensors
+
+mx = pytest.importorskip("mlx.core")
+
+from mlxflash import thinning  # noqa: E402
+from mlxflash.bundle import Bundle, BundleError  # noqa: E402
+from mlxflash.calibrate import calibrate  # noqa: E402
+from mlxflash.cli import main  # noqa: E402
+from mlxflash.commands.inspect import describe  # noqa: E402
+from mlxflash.evaluate import Dense, evaluate  # noqa: E402
+from mlxflash.fidelity import LEVELS, level_of, read_cuts  # noqa: E402
+from mlxflash.model import load_bundle  # noqa: E402
+from mlxflash.order import reorder  # noqa: E402
+from mlxflash.thinning import Point, Thin  # noqa: E402
+
+SHAPE = Shape(ffn=2048)
+TOKENS = np.random.default_rng(0).integers(3, SHAPE.vocab, 256)  # as Library.calibrated has them
+SMALL = "5.5MB"
+
+
+@pytest.fixture(scope="module")
+def bundle(library):
+    return Bundle.open(library.calibrated(SHAPE))
+
+
+@pytest.fixture
+def ours(bundle, tmp_path):
+    """A bundle of one's own."""
+    return shutil.copytree(bundle.path, tmp_path / "ours.flash")
+
+
+@pytest.fixture(scope="module")
+def reports(bundle):
+    """The text that was reported on, every token's flagged units alone, and with what is held."""
+    with Dense(bundle, TOKENS[128:], context=127, memory=SMALL) as dense:
+        alone = {name: evaluate(dense, fidelity=name, window=1) for name in LEVELS}
+        held = {name: evaluate(dense, fidelity=name) for name in LEVELS}
+    return alone, held
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_level_costs_through_the_decode_path_what_is_recorded(bundle, reports, name):
+    level, report = level_of(bundle, "low-bit", name), reports[0][name]
+    assert report.fidelity == name
+    assert report.kl == pytest.approx(level.kl, rel=0.02, abs=1e-6)
+    assert report.ppl_change == pytest.approx(level.ppl_change, rel=0.02, abs=1e-5)
+    assert report.top1 == pytest.approx(level.top1, abs=0.01)
+
+
+def test_levels_meet_their_price_and_read_less_and_less(bundle, reports):
+    alone, held = reports
+    levels = [level_of(bundle, "low-bit", name) for name in LEVELS]
+    for level, change in zip(levels, LEVELS.values(), strict=True):
+        assert level.met
+        assert 0 < level.kl <= np.log1p(change)
+        assert held[level.name].kl < alone[level.name].kl
+    assert levels[0].multiplier < levels[1].multiplier < levels[2].multiplier
+    for side in reports:
+        read = [side[name].bytes_per_token for name in LEVELS]
+        assert read == sorted(read, reverse=True)
+    assert levels[2].flagged < 0.8 * levels[0].flagged
+
+
+def test_thresholds_are_the_same_importance_for_all_units_of_a_layer(bundle):
+    record = json.loads((bundle.path / "manifest.json").read_text())["record"]
+    for layer, (_, threshold) in enumerate(read_cuts(bundle, "low-bit", 1.0)):
+        records = read_records(bundle.layer_path(layer), SHAPE.ffn, record)
+        norm = np.linalg.norm(records["down"], axis=1)
+        np.testing.assert_allclose(threshold * norm, (threshold * norm).mean(), rtol=1e-4)
+
+
+def test_thinned_by_nothing_is_the_independent_forward_pass(bundle):
+    tokens = prompt_of(30)
+    with load_bundle(bundle.path, predictor="all") as model:
+        for i, layer in enumerate(model.layers):
+            layer.mlp = Thin(bundle, i, model.flash.layers[i].down_bias, lambda r, x, a: r < 2)
+        whole, same, none = np.array(model(mx.array([tokens] * 3)))
+    np.testing.assert_allclose(whole, stored_model(bundle.path).logits(tokens), atol=2e-3)
+    np.testing.assert_array_equal(whole, same)
+    assert np.abs(none - whole).max() > 1
+
+
+def test_the_bound_decides_what_is_met():
+    fine = Point(1.0, kl=0.002, kl_se=0.0005, ppl_change=0.001, ppl_change_se=0.001, top1=1.0)
+    assert fine.meets(0.003)
+    assert not fine.meets(0.0025)
+
+
+def test_a_price_that_cannot_be_met_says_what_was_reached(ours, monkeypatch, capfd):
+    monkeypatch.setattr(thinning, "LEVELS", dict.fromkeys(LEVELS, 1e-12))
+    bundle = calibrate(Bundle.open(ours), TOKENS)
+    level = level_of(bundle, "low-bit", "high")
+    assert not level.met
+    assert "as near as the predictor comes" in describe(bundle)
+    with load_bundle(ours, memory=SMALL) as model:
+        assert model.flash.mode.startswith("approximate (high not reached: perplexity +")
+
+
+def test_a_level_that_nobody_measured_is_refused(library, bundle, ours):
+    with pytest.raises(BundleError, match="'fast' of its low-bit predictor was not measured; `mlxflash calibrate`"):
+        load_bundle(library.bundle(SHAPE), memory=SMALL, fidelity="fast")
+    calibrate(Bundle.open(ours), TOKENS, levels=False)  # other errors: the old levels would be wrong
+    assert level_of(Bundle.open(ours), "low-bit", "high") is None
+    with load_bundle(ours, memory=SMALL) as model:
+        assert model.flash.mode.startswith("approximate (recall")
+
+
+CONTRADICTIONS = [
+    ({"fidelity": "exact", "predictor": "low-bit"}, "contradict"),
+    ({"fidelity": "fast", "margin": 1.0}, "contradict"),
+    ({"fidelity": "fast", "predictor": "oracle"}, "needs a stored predictor"),
+    ({"fidelity": "lossless"}, "unknown"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), CONTRADICTIONS)
+def test_contradictions_are_refused(bundle, settings, words):
+    with pytest.raises(ValueError, match=words):
+        load_bundle(bundle.path, memory=SMALL, **settings)
+
+
+CUTS = [f"{i:03d}.{name}" for i in range(SHAPE.layers) for name in ("base", "threshold")]
+NANS = np.full(SHAPE.ffn, np.nan, np.float32)
+DAMAGE = {
+    "gone": lambda file: file.unlink(),
+    "cut": lambda file: os.truncate(file, 1000),
+    "another model's": lambda file: write_safetensors(file, {"000.base": np.zeros(3, np.float32)}, "float32"),
+    "not a number": lambda file: write_safetensors(file, {name: NANS for name in CUTS}, "float32"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_thresholds_are_refused(ours, damage):
+    file = ours / "fidelity/low-bit.safetensors"
+    DAMAGE[damage](file)
+    with pytest.raises(BundleError, match=str(file)):
+        load_bundle(ours, memory=SMALL)
+    load_bundle(ours, memory=SMALL, fidelity="exact").close()
+
+
+@pytest.mark.parametrize(("key", "value"), [("kl", None), ("multiplier", float("nan")), ("met", 1), ("misses", [])])
+def test_damaged_levels_are_refused(ours, key, value):
+    manifest = json.loads((ours / "manifest.json").read_text())
+    manifest["calibration"]["fidelity"]["low-bit"]["levels"]["fast"][key] = value
+    (ours / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(ours)
+
+
+def test_look_ahead_names_what_the_level_would_read(bundle):
+    named = {}
+    for name in LEVELS:
+        with load(bundle.path, "native", "part", "low-bit", look_ahead=True, fidelity=name) as model:
+            x = mx.random.normal((4, SHAPE.d_model), key=mx.random.key(0))
+            named[name] = len(model.flash.layers[0].ahead.start(x)())
+    assert named["high"] > named["balanced"] > named["fast"] > 0
+
+
+def test_another_order_on_disk_reads_the_same_units(bundle, tmp_path):
+    made, _ = reorder(bundle, tmp_path / "made.flash", TOKENS)
+    reports = []
+    for path in (bundle, made):
+        with Dense(path, TOKENS[:41], memory=SMALL) as dense:
+            reports.append(evaluate(dense, fidelity="fast", window=1))
+    assert reports[0].flagged == reports[1].flagged
+    assert reports[0].kl == pytest.approx(reports[1].kl, rel=1e-3)
+
+
+def test_the_command_names_the_level(bundle, capfd):
+    said = {}
+    for name in ("exact", *LEVELS):
+        settings = ["--prompt", "It was the best", "-m", "4", "--memory", SMALL, "--fidelity", name, "--json"]
+        main(["generate", "--model", str(bundle.path), *settings])
+        said[name] = json.loads(capfd.readouterr().out)
+    assert said["exact"]["mode"] == "exact"
+    assert said["fast"]["mode"].startswith("approximate (fast: perplexity +")
+    assert said["exact"]["bytes_per_token"] > said["high"]["bytes_per_token"] > said["fast"]["bytes_per_token"]
+    with pytest.raises(SystemExit):
+        main(["generate", "-p", "It was", "--exact", "--fidelity", "fast"])
+    assert "contradict" in capfd.readouterr().err
