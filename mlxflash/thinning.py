@@ -8,7 +8,8 @@ divergence of a row from the first is the price of its threshold.
 What decides is the KL divergence, not the change of perplexity: on text as the model would write it itself they have
 the same expectation, and the first is known after some hundred tokens where the second is noise of several times the
 price. A level is met when KL, by its 95 % bound, is at most log(1 + change). The paired change of perplexity is
-recorded beside it; on text that the model was trained on it is larger: what was learnt by heart suffers most.
+recorded beside it; on text that the model was trained on it is larger, since what was learnt by heart suffers most
+(RESULTS.md).
 
 Thresholds: leaving out a unit costs, to second order, sensitivity(layer) * (activation * |down row|)^2. The
 sensitivities are measured by thinning one layer at a time; then the fewest reads for a given cost have one threshold

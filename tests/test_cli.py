@@ -340,7 +340,7 @@ Q = "model.decoder.layers.0.self_attn.q_proj.weight"
 
 CHECKPOINT_DAMAGE = {
     "empty": (lambda p: [f.unlink() for f in p.iterdir()], ["config.json is missing"]),
-    "no weights": (lambda p: (p / "model.safetensors").unlink(), ["no safetensors files"]),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), ["holds no weights"]),
     "other family": (lambda p: edit_config(p, model_type="mamba"), ["model_type 'mamba'", "opt"]),
     "no family": (lambda p: edit_config(p, model_type=None), ["model_type None"]),
     "odd family": (lambda p: edit_config(p, model_type=["opt"]), ["model_type ['opt']"]),

@@ -184,7 +184,7 @@ def test_the_command_names_the_level(bundle, capfd):
         settings = ["--prompt", "It was the best", "-m", "4", "--memory", SMALL, "--fidelity", name, "--json"]
         main(["generate", "--model", str(bundle.path), *settings])
         said[name] = json.loads(capfd.readouterr().out)
-    assert said["exact"]["mode"] == "exact"
+    assert said["exact"]["mode"] == "exact (streaming)"
     assert said["fast"]["mode"].startswith("approximate (fast: perplexity +")
     assert said["exact"]["bytes_per_token"] > said["high"]["bytes_per_token"] > said["fast"]["bytes_per_token"]
     with pytest.raises(SystemExit):
