@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlxflash.converters import dense
 from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
+from mlxflash.converters.experts import Experts
 from mlxflash.converters.tokenizer import highest_token
 
 from mlxflash.bundle import Bundle, BundleError, Layer, LayerWriter, Manifest, Part, Record, make_record, write_manifest
@@ -61,7 +62,9 @@ def convert(
             f"{checkpoint.path}: its tokenizer's vocabulary has {highest + 1} tokens, the model's {vocabulary}; "
             "one of them belongs to another model"
         )
-    layout = LAYOUTS[checkpoint.family.layout]
+    if checkpoint.quantization is not None and (bits is not None or dtype != _dtype_of(checkpoint)):
+        raise CheckpointError(f"{checkpoint.path}: already quantised; it is converted as it is, without -q and --dtype")
+    layout = LAYOUTS.get(checkpoint.family.layout) or Experts(checkpoint, dtype, bits, group_size)
     job = _Job(checkpoint, layout, target, dtype, bits, group_size, predictor)
     job.prepare()
     try:
@@ -82,6 +85,8 @@ def _dtype_of(checkpoint: Checkpoint) -> str:
     """The dtype of most of the checkpoint's weights."""
     count: dict[str, int] = {}
     for name, shape in checkpoint.shapes.items():
+        if checkpoint.dtypes[name] not in DTYPES:
+            continue
         count[checkpoint.dtypes[name]] = count.get(checkpoint.dtypes[name], 0) + int(np.prod(shape, dtype=np.int64))
     return max(count, key=lambda d: count[d])
 
@@ -115,6 +120,8 @@ class _Job:
         self.predictor = predictor and self.d_model % 32 == 0 and self.manifest().sparse
 
     def _record(self) -> Record:
+        if isinstance(self.layout, Experts):
+            return self.layout.record
         d, parts = self.d_model, []
         for name in self.layout.streamed(self.checkpoint):
             if self.bits:
@@ -131,6 +138,8 @@ class _Job:
 
     def manifest(self) -> Manifest:
         quantization = {"bits": self.bits, "group_size": self.group_size, "mode": "affine"} if self.bits else None
+        if isinstance(self.layout, Experts):
+            quantization = self.layout.quantization
         return Manifest(
             model_type=self.checkpoint.config["model_type"],
             layout=self.checkpoint.family.layout,
@@ -172,12 +181,17 @@ class _Job:
         whole = file.exists() and file.stat().st_size == layer_file_bytes(units, self.record)
         if whole and (guess.exists() or not self.predictor):
             return
-        matrices = self.layout.matrices(self.checkpoint, index)
+        matrices: dict[str, mx.array] = {}
+        if not isinstance(self.layout, Experts):
+            matrices = self.layout.matrices(self.checkpoint, index)
         writer = LayerWriter(file, index, units, self.record)
         try:
             step = max(1, BLOCK_BYTES // self.record.stride)
-            for first in range(0, units, step):
+            for first in range(0, units if matrices else 0, step):
                 writer.write(self._records({k: v[first : first + step] for k, v in matrices.items()}))
+            if isinstance(self.layout, Experts):
+                for record in self.layout.records(index):
+                    writer.write(record)
             writer.finish()
         except BaseException:
             writer.abort()
@@ -231,7 +245,7 @@ class _Job:
                 kind = mx.float16 if self.dtype == "float32" else DTYPES[self.dtype]
                 new = {name: words, f"{module}.scales": scales.astype(kind), f"{module}.biases": biases.astype(kind)}
             else:
-                new = {name: array.astype(DTYPES[self.dtype])}
+                new = {name: array.astype(DTYPES[self.dtype]) if array.dtype in DTYPES.values() else array}
             mx.eval(list(new.values()))
             shard.update(new)
             if sum(a.nbytes for a in shard.values()) >= SHARD_BYTES:

@@ -10,9 +10,10 @@ from mlx.utils import tree_flatten
 from mlxflash.converters.torch_zip import TorchFileError, as_safetensors, tensors
 from safetensors import SafetensorError, safe_open
 
-from mlxflash.models import build_model, family_of
+from mlxflash.models import build_model, family_of, ffn_layers, find, quantise, quantization_of
 
 FLOATS = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+DTYPES = FLOATS | {mx.uint32: "uint32", mx.uint8: "uint8"}
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # saved by old transformers, no parameters
 
 
@@ -37,19 +38,20 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(f"{path / 'config.json'}: not JSON ({error})") from None
         self.family, self.activation, self.threshold = family_of(self.config, str(path))
-        if "quantization" in self.config or "quantization_config" in self.config:
+        self.quantization = quantization_of(self.config, str(path))
+        if self.quantization is not None and self.family.layout != "experts":
             raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
-        self._files = _files(path)
+        self.files = _files(path)
         self._check_files()
         self._unfit = build_model(self.config, str(path))  # its `sanitize` may change the model, and is called again
         self._model, self._lazy, self._origins = self._fit()
         self.shapes = {name: tuple(array.shape) for name, array in self._lazy.items()}
         self._check_names()
-        self.dtypes = {name: FLOATS[array.dtype] for name, array in self._lazy.items()}
+        self.dtypes = {name: DTYPES[array.dtype] for name, array in self._lazy.items()}
 
     def _check_files(self) -> None:
         """Every file is whole, as far as its header tells."""
-        for file in self._files:
+        for file in self.files:
             try:
                 if file.suffix == ".bin":
                     tensors(file)
@@ -65,7 +67,7 @@ class Checkpoint:
         """The model, its parameters as lazy arrays, and where those come from that `sanitize` did not compute."""
         stored: dict[str, mx.array] = {}
         said: dict[int, str] = {}
-        for file in self._files:
+        for file in self.files:
             try:
                 if file.suffix == ".bin":
                     loaded = mx.load(cast(Any, as_safetensors(file)), format="safetensors")
@@ -81,6 +83,8 @@ class Checkpoint:
             lazy: dict[str, mx.array] = model.sanitize(dict(stored)) if hasattr(model, "sanitize") else stored
         except KeyError as error:
             raise CheckpointError(f"{self.path}: tensor {error} is missing") from None
+        if self.quantization is not None:
+            quantise(model, self.quantization, lazy, str(self.path))
         return model, lazy, {name: said[id(array)] for name, array in lazy.items() if id(array) in said}
 
     def _expected(self, name: str) -> str:
@@ -91,7 +95,8 @@ class Checkpoint:
 
     def _check_names(self) -> None:
         """Every parameter of the model is there in its shape, and nothing else that it would leave out."""
-        wanted = {name: tuple(array.shape) for name, array in cast(Any, tree_flatten(self._model.parameters()))}
+        parameters: dict[str, mx.array] = dict(cast(Any, tree_flatten(self._model.parameters())))
+        wanted = {name: tuple(array.shape) for name, array in parameters.items()}
         for name in self._lazy.keys() - wanted.keys():
             if name == "lm_head.weight" or name.endswith(BUFFERS):
                 del self._lazy[name], self.shapes[name]
@@ -102,7 +107,8 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.path}: tensor {name!r} has shape {list(self.shapes[name])}, its config wants {list(shape)}"
                 )
-            if self._lazy[name].dtype not in FLOATS:
+            kind = parameters[name].dtype
+            if self._lazy[name].dtype not in (FLOATS if kind in FLOATS else (kind,)):
                 raise CheckpointError(f"{self.path}: tensor {name!r} is {self._lazy[name].dtype}, not a float type")
         if extra := sorted(set(self._lazy) - set(wanted)):
             raise CheckpointError(
@@ -126,24 +132,40 @@ class Checkpoint:
 
     def fingerprint(self) -> list[Any]:
         """What tells one checkpoint from another without reading it all."""
-        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self._files] + [self.config]
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files] + [self.config]
 
     def num_layers(self) -> int:
-        return len(self._model.layers)
+        """Layers whose FFN streams."""
+        return len(ffn_layers(self._model, self.family))
 
     def ffn_path(self, layer: int) -> str:
         """Parameter path of a layer's FFN, as in `model.decoder.layers.3.mlp`."""
-        wanted = getattr(self._model.layers[layer], self.family.ffn)
+        wanted = find(ffn_layers(self._model, self.family)[layer], self.family.ffn)
         return next(name for name, module in self._model.named_modules() if module is wanted)
 
     def quantisable(self) -> set[str]:
         """Paths of modules outside the FFNs that quantising a model quantises: linear layers and embeddings."""
         ffns = tuple(self.ffn_path(i) + "." for i in range(self.num_layers()))
+        blocks = ffns
+        if self.family.layout == "experts":  # a router's error would change which experts are chosen
+            blocks = tuple(f.rsplit(".", 2)[0] + "." for f in ffns)
         return {
             name
             for name, module in self._model.named_modules()
-            if hasattr(module, "to_quantized") and not name.startswith(ffns)
+            if hasattr(module, "to_quantized")
+            and not name.startswith(ffns)
+            and not (name.startswith(blocks) and len(cast(Any, module).weight) <= self.most_experts())
         }
+
+    def quantised_as(self, path: str) -> dict[str, Any] | None:
+        """How the module at `path` is quantised, or None."""
+        module: Any = next(module for name, module in self._model.named_modules() if name == path)
+        return {k: getattr(module, k) for k in ("bits", "group_size", "mode")} if "scales" in module else None
+
+    def most_experts(self) -> int:
+        """Of any layer; 0 where there are none."""
+        switches = [find(layer, self.family.ffn) for layer in ffn_layers(self._model, self.family)]
+        return max(len(s.up_proj.weight) for s in switches) if self.family.layout == "experts" else 0
 
     def names(self) -> list[str]:
         return sorted(self.shapes)

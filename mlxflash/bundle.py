@@ -35,9 +35,10 @@ BLOCK_BYTES = 4096  # what direct I/O aligns to
 MAX_PADDING = 0.05  # above this share records are packed instead of padded to blocks
 LEVEL_FIGURES = ("multiplier", "kl", "kl_se", "ppl_change", "ppl_change_se", "top1", "flagged", "held")
 MAX_JSON_BYTES = 64 << 20
+VERIFY_BYTES = 16 << 20  # of records in memory at a time
 
 SPARSE_ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu")  # most units' products with most inputs are zero
-
+MODES = ("affine", "mxfp4")  # of quantisation, in MLX's words
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "uint8": 1}
 
 
@@ -197,6 +198,8 @@ class Bundle:
 
     def require_sparse(self) -> None:
         """Raises BundleError where units are never zero, so that predicting which are would be wrong."""
+        if self.manifest.layout == "experts":
+            raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; it is exact")
         if not self.manifest.sparse:
             raise BundleError(
                 f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "
@@ -241,14 +244,15 @@ class Bundle:
         layer, record = self.manifest.layers[index], self.manifest.record
         return np.fromfile(self.layer_path(index), "<u4", layer.units, offset=trailer_offset(layer.units, record))
 
-    def verify(self, index: int, block_records: int = 4096) -> Iterator[int]:
+    def verify(self, index: int, block_bytes: int = VERIFY_BYTES) -> Iterator[int]:
         """Yield the positions of records of one layer whose bytes do not match their checksum."""
         layer, record = self.manifest.layers[index], self.manifest.record
         sums = self.checksums(index)
         with open(self.layer_path(index), "rb") as f:
             f.seek(HEADER_BYTES)
-            for first in range(0, layer.units, block_records):
-                count = min(block_records, layer.units - first)
+            step = max(1, block_bytes // record.stride)
+            for first in range(0, layer.units, step):
+                count = min(step, layer.units - first)
                 block = memoryview(f.read(count * record.stride))
                 if len(block) != count * record.stride:
                     raise BundleError(f"{self.layer_path(index)}: ends inside record {first}; convert again")
@@ -357,7 +361,7 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
     if quantization is not None:
         for key in ("bits", "group_size"):
             _get(quantization, key, int, f"{where}, quantization")
-        if (mode := _get(quantization, "mode", str, f"{where}, quantization")) != "affine":
+        if (mode := _get(quantization, "mode", str, f"{where}, quantization")) not in MODES:
             raise BundleError(f"{where}: quantization mode {mode!r} is unknown; convert again")
     dtype = _get(data, "dtype", str, where)
     if dtype not in ("float32", "float16", "bfloat16"):

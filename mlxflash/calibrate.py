@@ -160,7 +160,8 @@ def _comparable(bundle: Bundle, predictor: str) -> list[tuple[tuple[Matrix, ...]
             out.append(((inner, outer), None))
         else:
             matrix, shift, _ = read_low_bit(file, ffn, layer)
-            out.append(((matrix,), shift - one_part(bundle, index, f"{ffn.first}_bias", layer.units)))
+            bias = one_part(bundle, index, f"{ffn.first}_bias", layer.units)
+            out.append(((matrix,), shift - ffn.offset(bias, layer.units)))
     return out
 
 

@@ -6,7 +6,7 @@ Numbers are those of the models' own config.json; bytes follow from them by arit
 from dataclasses import dataclass
 
 from mlxflash.bundle import SPARSE_ACTIVATIONS, Part, make_record
-from mlxflash.plan import LAYER_OBJECTS, BudgetError, Sizes, format_bytes, make_plan, parse_memory
+from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, BudgetError, Sizes, format_bytes, make_plan, parse_memory
 
 GROUP_SIZE = 64
 LOW_BIT_BYTES = (3 + 32 / GROUP_SIZE) / 8  # of a weight in a low-bit predictor: 3 bits, its group's scale and bias
@@ -15,7 +15,7 @@ CONTEXT = 4096  # tokens of key-value cache, unless the model's positions end be
 
 @dataclass(frozen=True)
 class Known:
-    """A dense model's numbers."""
+    """A model's numbers. In a mixture `units` are the neurons of one expert."""
 
     repo: str
     activation: str
@@ -29,19 +29,24 @@ class Known:
     positions: int
     tied: bool = False
     head_dim: int = 0  # 0: width / heads
+    experts: int = 0  # per layer
+    chosen: int = 0  # of them by each token
 
     @property
     def kind(self) -> str:
         """How it runs where it is larger than memory."""
+        if self.experts:
+            return "experts"
         return "sparse" if self.activation in SPARSE_ACTIVATIONS else "exact"
 
     @property
     def weights(self) -> tuple[int, int]:
         """How many are streamed, and how many are resident (matrices; the rest is next to nothing)."""
         dim = self.head_dim or self.width // self.heads
-        attention = 2 * self.width * dim * (self.heads + self.kv_heads)
+        attention = 2 * self.width * dim * (self.heads + self.kv_heads) + self.experts * self.width
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
-        return self.layers * self.units * self.width * (3 if self.gated else 2), self.layers * attention + embeddings
+        streamed = self.layers * max(1, self.experts) * self.units * self.width * (3 if self.gated else 2)
+        return streamed, self.layers * attention + embeddings
 
     def nbytes(self, bits: int | None = None) -> int:
         """Of the converted model, half precision or quantised."""
@@ -58,22 +63,30 @@ class Known:
             else:
                 parts.append(Part(name, "float16", (self.width,), 0))
         record = make_record(parts)
+        units, slot = self.units, record.stride
+        least, token = MIN_SLOTS, 0
+        if self.experts:
+            slot = int(3 * self.units * self.width * _weight_bytes(bits))
+            units = self.experts
+            least, token = self.chosen, self.chosen * (4 * self.width + 3 * self.units) * 4
         predictor = LOW_BIT_BYTES * self.width + 8 if self.kind == "sparse" else 0
         return Sizes(
             model=self.nbytes(bits),
             resident=int(self.weights[1] * _weight_bytes(bits)),
             objects=self.layers * LAYER_OBJECTS,
             predictor=int(self.layers * self.units * predictor),
-            units=(self.units,) * self.layers,
+            units=(units,) * self.layers,
             curves=None,
-            slot=record.stride,
-            stride=record.stride,
+            slot=slot,
+            stride=slot,
             kv_token=2 * self.layers * self.kv_heads * (self.head_dim or self.width // self.heads) * 4,
             activation_token=16 * self.width * 4,
             score_token=2 * self.heads * 4,
             activation_item=4,
             vocabulary=self.vocabulary,
-            staged=not record.aligned,
+            staged=not (record.aligned or self.experts),
+            least_slots=least,
+            expert_token=token,
         )
 
     def smallest(self, bits: int | None = None) -> int:
@@ -101,6 +114,11 @@ def preview(known: Known, memory: str | int | None) -> str:
             how = "all of it held, nothing read"
         elif known.kind == "sparse":
             how = f"{1 - absent / sum(sizes.units):.0%} of the units held, only those predicted are read"
+        elif known.kind == "experts":
+            how = (
+                f"{1 - absent / sum(sizes.units):.0%} of the experts held, those of the {known.chosen} that each layer"
+            )
+            how += " chooses for a token and that are not held are read, exactly as the model is"
         else:
             how = f"{1 - absent / sum(sizes.units):.0%} of the units held, {format_bytes(absent * sizes.stride)} read"
             how += " per token, exactly as the model is"
@@ -148,6 +166,15 @@ KNOWN = {
     "llama-2-7b": _llama2("meta-llama/Llama-2-7b-hf", "silu", 32, 4096, 11008, 32, 32),
     "llama-3.1-8b": Known("meta-llama/Llama-3.1-8B", "silu", True, 32, 4096, 14336, 32, 8, 128256, 131072),
     "llama-3.1-70b": Known("meta-llama/Llama-3.1-70B", "silu", True, 80, 8192, 28672, 64, 8, 128256, 131072),
+    "mixtral-8x7b": Known(
+        "mistralai/Mixtral-8x7B-v0.1", "silu", True, 32, 4096, 14336, 32, 8, 32000, 32768, experts=8, chosen=2
+    ),
+    "qwen3-30b-a3b": Known(
+        "Qwen/Qwen3-30B-A3B", "silu", True, 48, 2048, 768, 32, 4, 151936, 40960, False, 128, experts=128, chosen=8
+    ),
+    "olmoe-1b-7b": Known(
+        "allenai/OLMoE-1B-7B-0924", "silu", True, 16, 2048, 1024, 16, 16, 50304, 4096, experts=64, chosen=8
+    ),
     "mistral-7b": Known("mistralai/Mistral-7B-v0.1", "silu", True, 32, 4096, 14336, 32, 8, 32000, 4096),
     "qwen2.5-7b": Known("Qwen/Qwen2.5-7B", "silu", True, 28, 3584, 18944, 28, 4, 152064, 131072),
     "qwen2.5-32b": Known("Qwen/Qwen2.5-32B", "silu", True, 64, 5120, 27648, 40, 8, 152064, 131072),

@@ -142,6 +142,7 @@ class FlashLayer:
     ahead: Predictor | None = None  # what the next layer will need, from this one's input
     ticket: Ticket | None = None  # units that the layer before asked for
     num_decoded: int = 0  # tokens that went through the window
+    fixed: bool = False  # what the window holds is there to stay
 
 
 class FlashFFN(nn.Module):

@@ -18,18 +18,31 @@ from mlx.utils import tree_flatten
 from mlxflash.backends import FFN, Backend, make_backend
 from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError, Manifest
 from mlxflash.diskprofile import DiskProfile, disk_profile
+from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
 from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, level_of, needs, read_cuts
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.misses import MissCurve
-from mlxflash.models import build_model, family_of, kv_values_per_token, max_positions, settings
-from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, Plan, Sizes, available_memory, make_plan, parse_memory
-from mlxflash.pool import Source, Staging
+from mlxflash.models import (
+    Family,
+    build_model,
+    family_of,
+    ffn_layers,
+    find,
+    graft,
+    kv_values_per_token,
+    max_positions,
+    quantise,
+    quantization_of,
+    settings,
+)
+from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, MIN_SLOTS, Plan, Sizes, available_memory, make_plan, parse_memory
+from mlxflash.pool import Source
 from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
-from mlxflash.resident import Tensor, ffn_parts, tensors
+from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
 from mlxflash.window import Window
 
 STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
@@ -42,6 +55,7 @@ def load_bundle(
     path: str | Path,
     *,
     memory: str | int | None = None,
+    host_memory: str | int | None = None,
     predictor: str | Sequence[Predictor] | None = None,
     window: int | None = None,
     device: str | None = None,
@@ -57,9 +71,11 @@ def load_bundle(
     """The model of a bundle, ready to compute.
 
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
-    hold it whole, within what is available). predictor: "low-bit" (default), "low-rank" (trained), "all" (exact),
-    "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one per layer. window: drop
-    units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted).
+    hold it whole, within what is available); the device's own memory on cuda. host_memory: what of the host's memory
+    keeps what such a device gives up (None: nothing). predictor: "low-bit" (default), "low-rank" (trained), "all"
+    (exact), "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one per layer.
+    window: drop units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory
+    is wanted).
     max_kv_size: tokens of key-value cache to plan for. fidelity: "high" (default), "balanced" or "fast", how far the
     reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all".
     margin: instead of a level, flag every unit whose estimate exceeds minus this many of its standard errors (low-bit;
@@ -77,7 +93,9 @@ def load_bundle(
     manifest = bundle.manifest
     if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
-    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], config["num_hidden_layers"]):
+    mixture = family.layout == "experts"  # of which dense layers may be a part
+    layers = bundle.num_layers if mixture else config["num_hidden_layers"]
+    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], layers):
         raise BundleError(
             f"{where}: made of {bundle.num_layers} layers of width {manifest.d_model}, config.json says otherwise"
         )
@@ -95,6 +113,8 @@ def load_bundle(
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
     if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
+    if mixture and (look_ahead or own is not None):
+        raise ValueError(f"{where}: a mixture's own router says which experts a token needs; it is exact")
     if own is None and predictor not in (None, "all"):
         bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
@@ -103,6 +123,8 @@ def load_bundle(
         predictor = "own"
     elif predictor is None:
         predictor = "low-bit" if manifest.sparse and "low-bit" in bundle.predictors() else "all"
+    if mixture:
+        predictor = "router"
     level = None
     if predictor in STORED and margin is None:
         level = needs(bundle, str(predictor), fidelity) if fidelity else level_of(bundle, str(predictor), DEFAULT)
@@ -123,7 +145,8 @@ def load_bundle(
     if look_ahead:
         own_bytes += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead"))
     sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes, level)
-    plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
+    tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
+    plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
 
     disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
     expected = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, look_ahead)
@@ -133,6 +156,9 @@ def load_bundle(
             look_ahead, expected = False, without
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
+    streamed = ffn_layers(model, family)
+    if len(streamed) != bundle.num_layers:
+        raise BundleError(f"{where}: made of {bundle.num_layers} layers, config.json describes {len(streamed)}")
     name = "all" if plan.whole else str(predictor)
     cuts = read_cuts(bundle, name, level.multiplier) if level is not None and name in STORED else None
     mode = _mode(bundle, name, plan, margin, level)
@@ -145,12 +171,13 @@ def load_bundle(
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
         gap = disk.gap_bytes() if disk and not check_reads else 0  # what only passes by is not checked
-        staging, *others = flash.stagings = [Staging(plan.staging_bytes, gap) for _ in range(3)]
+        staging, *others = flash.stagings = backend.landings(ffn, plan, gap)
         blocks = None
         if not plan.whole:
             pair = [backend.rows(ffn, plan.block_units, other) for other in others]
-            blocks = Blocks((pair[0], pair[1]), (gap if disk else DEFAULT_GAP_BYTES) // manifest.record.stride)
-        for i, entry in enumerate(manifest.layers):
+            apart = 0 if mixture else (gap if disk else DEFAULT_GAP_BYTES) // manifest.record.stride
+            blocks = Blocks((pair[0], pair[1]), apart)
+        for i, (entry, owner) in enumerate(zip(manifest.layers, streamed, strict=True)):
             file = File(bundle.layer_path(i), direct)
             flash.files.append(file)
             source = Source(file, resident[i])
@@ -165,6 +192,7 @@ def load_bundle(
                 predictor=own[i]
                 if name == "own" and own
                 else _predictor(name, bundle, i, backend, ffn, source, margin, cuts[i] if cuts else None),
+                fixed=name == "all",
                 down_bias=flash_bias(resident[i], backend, bundle),
                 times=flash.times,
                 stride=manifest.record.stride,
@@ -172,16 +200,19 @@ def load_bundle(
             )
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
+                rows.settle()  # what is on its way to a device goes there now
             flash.layers.append(layer)
-            setattr(model.layers[i], family.ffn, FlashFFN(layer))
+            graft(owner, family.ffn, FlashExperts(layer) if mixture else FlashFFN(layer))
         for here, there in pairwise(flash.layers):
             here.after = there
         if name == "all":  # the next token begins where this one ends
             flash.layers[-1].after = flash.layers[0]
         if look_ahead and name in ("low-bit", "oracle"):
             _link(flash.layers, bundle, backend, ffn, cuts)
-    except BaseException:
+    except BaseException as error:
         flash.close()
+        if isinstance(error, RuntimeError):
+            raise flash.explain(error) from None
         raise
     return model
 
@@ -216,7 +247,7 @@ def _predictor(
     cut: tuple[np.ndarray, np.ndarray] | None,
 ) -> Predictor | None:
     """One layer's predictor, of a level where there is its `cut`."""
-    if name == "all":
+    if name in ("all", "router"):
         return None
     layer = bundle.manifest.layers[index]
     bias = ffn.offset(source.resident.get(f"{ffn.first}_bias"), layer.units)
@@ -243,8 +274,8 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, leve
     """`exact`, or `approximate` with what calibration measured."""
     if predictor == "all":
         return "exact (all resident)" if plan.whole else "exact (streaming)"
-    if predictor == "oracle":
-        return "exact (oracle)"
+    if predictor in ("oracle", "router"):
+        return f"exact ({predictor})"
     if level is not None:
         less = sum(plan.capacities) / sum(plan.units) < level.held - 0.01
         return f"approximate ({level.describe()}{f', measured with {level.held:.0%} held' if less else ''})"
@@ -259,26 +290,24 @@ def _load_resident(
 ) -> list[dict[str, np.ndarray]]:
     """Read resident weights into the model; return the per-unit and bias arrays of each layer's FFN, float32."""
     manifest = bundle.manifest
-    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}  # name to shape and whether it is words
-    for i, layer in enumerate(model.layers):
-        ffn = getattr(layer, family.ffn)
+    wanted: dict[str, tuple[tuple[int, ...], str]] = {}  # name to shape and kind of number
+    for i, layer in enumerate(ffn_layers(model, family)):
+        ffn = find(layer, family.ffn)
+        if family.layout == "experts":
+            _check_experts(bundle, i, ffn, family)
         for part, path in family.parts.items():
-            if "bias" in attrgetter(path)(ffn):
+            if family.layout != "experts" and "bias" in attrgetter(path)(ffn):
                 size = manifest.d_model if part == "down" else manifest.layers[i].units
-                wanted[f"ffn.{i}.{part}_bias"] = (size,), False
-        setattr(layer, family.ffn, nn.Identity())
+                wanted[f"ffn.{i}.{part}_bias"] = (size,), "float"
+        graft(layer, family.ffn, nn.Identity())
     if hasattr(model, "sanitize"):  # where some classes learn that they have no head of their own
         model.sanitize({t.name: mx.zeros(t.shape) for t in found})
-    given = {t.name: (t.shape, t.dtype == "uint32") for t in found}
-    if manifest.quantization is not None:
-        nn.quantize(
-            model,
-            manifest.quantization["group_size"],
-            manifest.quantization["bits"],
-            class_predicate=lambda path, module: hasattr(module, "to_quantized") and f"{path}.scales" in given,
-        )
+    given = {t.name: (t.shape, t.dtype if t.dtype in WORDS else "float") for t in found}
+    quantization = quantization_of(bundle.config(), str(bundle.path)) or manifest.quantization
+    if quantization is not None:
+        quantise(model, quantization, given, str(bundle.path))
     parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    wanted |= {name: (a.shape, a.dtype == mx.uint32) for name, a in parameters}
+    wanted |= {name: (a.shape, next((w for w in WORDS if MLX[w] == a.dtype), "float")) for name, a in parameters}
     if wrong := [name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name)]:
         raise BundleError(f"{bundle.path}: resident {min(wrong)!r} is missing, misshapen or extra; convert again")
     if len(given) < len(found):
@@ -296,6 +325,18 @@ def _load_resident(
     return parts
 
 
+def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> None:
+    """That a layer's records are the experts which config.json describes."""
+    manifest = bundle.manifest
+    shapes = {part: tuple(attrgetter(path)(switch).weight.shape) for part, path in family.parts.items()}
+    hidden = manifest.record["up_scales" if manifest.quantization else "up"].shape[0]
+    units, d = manifest.layers[index].units, manifest.d_model
+    biased = "bias" in attrgetter(family.parts["up"])(switch)
+    said = {"gate": (units, hidden, d), "up": (units, hidden, d), "down": (units, d, hidden)}
+    if shapes != said or biased != ("up_bias" in manifest.record):
+        raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")
+
+
 def _forecast(
     bundle: Bundle,
     plan: Plan,
@@ -306,9 +347,9 @@ def _forecast(
     disk: DiskProfile | None,
     look_ahead: bool,
 ) -> Forecast | None:
-    """Of a decoded token; None where nobody measured what units are missed, or the page cache may have them."""
+    """Of a decoded token; None for experts, where misses were not measured, and where reads may be cached."""
     manifest = bundle.manifest
-    if not plan.whole and (disk is None or sizes.curves is None):
+    if manifest.layout == "experts" or (not plan.whole and (disk is None or sizes.curves is None)):
         return None
     misses = (0.0,) * len(plan.units)
     if not plan.whole and sizes.curves is not None:
@@ -370,6 +411,10 @@ def _sizes(
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
         predictor_bytes += sum(layer.units for layer in manifest.layers) * first
     units = tuple(layer.units for layer in manifest.layers)
+    least, token = MIN_SLOTS, 0
+    if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
+        chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
+        least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,
@@ -385,4 +430,7 @@ def _sizes(
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
         staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+        discrete=backend.discrete,
+        least_slots=least,
+        expert_token=token,
     )

@@ -14,9 +14,16 @@ from mlxflash.bundle import BLOCK_BYTES, Bundle, BundleError
 from mlxflash.pool import host_memory
 from mlxflash.reader import File, Reader
 
-CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32"}
-ITEMS = {"float32": np.float32, "uint32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
-MLX = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16, "uint32": mx.uint32}
+CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "U8": "uint8"}
+ITEMS = {"float32": np.float32, "uint32": np.uint32, "uint8": np.uint8, "float16": np.uint16, "bfloat16": np.uint16}
+MLX = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+    "uint32": mx.uint32,
+    "uint8": mx.uint8,
+}
+WORDS = ("uint32", "uint8")  # quantised weights, and the scales of some modes: never converted
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Tensor:
     @property
     def is_small(self) -> bool:
         """Vectors, scales and biases are kept in the activations' dtype, matrices as stored."""
-        return (len(self.shape) < 2 or self.name.endswith((".scales", ".biases"))) and self.dtype != "uint32"
+        return (len(self.shape) < 2 or self.name.endswith((".scales", ".biases"))) and self.dtype not in WORDS
 
 
 @dataclass(frozen=True)

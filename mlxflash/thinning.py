@@ -8,7 +8,8 @@ divergence of a row from the first is the price of its threshold.
 What decides is the KL divergence, not the change of perplexity: on text as the model would write it itself they have
 the same expectation, and the first is known after some hundred tokens where the second is noise of several times the
 price. A level is met when KL, by its 95 % bound, is at most log(1 + change). The paired change of perplexity is
-recorded beside it; on text that the model was trained on it is larger: what was learnt by heart suffers most.
+recorded beside it; on text that the model was trained on it is larger, since what was learnt by heart suffers most
+(RESULTS.md).
 
 Thresholds: leaving out a unit costs, to second order, sensitivity(layer) * (activation * |down row|)^2. The
 sensitivities are measured by thinning one layer at a time; then the fewest reads for a given cost have one threshold
@@ -26,7 +27,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxflash.backends import FFN, Backend, Matrix, make_backend
-from mlxflash.backends.metal import activate
+from mlxflash.backends.metal import ACTIVATIONS
 from mlxflash.bundle import HEADER_BYTES, Bundle
 from mlxflash.evaluate import Progress, spread
 from mlxflash.fidelity import LEVELS, Cuts, Level
@@ -71,15 +72,21 @@ class Weights:
         raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES).reshape(-1, stride)
         self._parts = {name: floats(part_matrix(ffn, raw, name)) for name in {ffn.first, "up", "down"}}
         self.first, self.up, self.down = self._parts[ffn.first], self._parts["up"], self._parts["down"]
-        self._ffn, self._offset = ffn, ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
-        self._up_bias = one_part(bundle, index, "up_bias", units)
+        self._bias, self._up_bias = (one_part(bundle, index, f"{name}_bias", units) for name in (ffn.first, "up"))
+        self._ffn = ffn
 
     def activations(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x [tokens, d_model] to the deciding products, above zero where a unit is active, and to what multiplies the
-        down rows: [tokens, units] both."""
-        products = x @ self.first.T + self._offset
-        up = mx.array(x @ self.up.T + self._up_bias) if self._ffn.layout == "gated" else None
-        return products, np.array(activate(self._ffn, mx.array(products + self._ffn.threshold), up))
+        """x [tokens, d_model] to the deciding products, active above 0, and to what multiplies the down rows: [tokens,
+        units] both."""
+        ffn, products = self._ffn, x @ self.first.T + self._bias
+        if ffn.activation == "fatrelu":
+            out = products * (products > ffn.threshold)
+        else:
+            out = np.array(ACTIVATIONS[ffn.activation](mx.array(products)))
+        if ffn.layout == "gated":
+            up = x @ self.up.T + self._up_bias
+            out = out * (np.maximum(up, 0) if ffn.activation == "drelu" else up)
+        return products - np.float32(ffn.threshold), out
 
 
 class Thin(nn.Module):

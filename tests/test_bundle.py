@@ -455,7 +455,7 @@ def test_verify_names_records(by_hand):
     for record in flipped:
         flip(file, HEADER + record * STRIDE + int(rng.integers(STRIDE)), int(rng.integers(8)))
     assert set(bundle.verify(1)) == flipped
-    assert set(bundle.verify(1, block_records=7)) == flipped
+    assert set(bundle.verify(1, block_bytes=7 * bundle.manifest.record.stride)) == flipped
     assert list(bundle.verify(0)) == []
     flip(by_hand / "layers/000.bundle", HEADER + 4096 + 4 * UNITS[0] - 1)  # the last checksum itself
     assert list(bundle.verify(0)) == [UNITS[0] - 1]

@@ -11,6 +11,7 @@ from mlxflash.plan import BudgetError, format_bytes
 MILLIONS = {  # parameters, as model cards have them
     "opt-6.7b": 6658, "falcon-7b": 6922, "falcon-40b": 41303, "llama-2-7b": 6738, "llama-3.1-8b": 8030,
     "mistral-7b": 7242, "qwen2.5-7b": 7616, "qwen3-8b": 8191, "gemma-2b": 2506, "phi-2": 2780, "olmo-2-7b": 7299,
+    "mixtral-8x7b": 46703, "qwen3-30b-a3b": 30532, "olmoe-1b-7b": 6919,
     "gpt2-xl": 1558, "nemotron-mini-4b": 4190, "relufalcon-40b": 41303, "prosparse-7b": 6738, "persimmon-8b": 9400,
 }  # fmt: skip
 
@@ -31,7 +32,8 @@ def test_what_is_needed_grows_with_what_there_is(name):
     known = KNOWN[name]
     assert known.nbytes(4) < known.nbytes(8) < known.nbytes()
     assert known.smallest(4) < known.smallest()
-    assert known.kind == ("sparse" if known.activation in ("relu", "relu2", "fatrelu") else "exact")
+    rest = "experts" if known.experts else "exact"
+    assert known.kind == ("sparse" if known.activation in ("relu", "relu2", "fatrelu") else rest)
 
 
 def test_the_arithmetic_is_the_loaders():
@@ -53,6 +55,28 @@ def test_the_arithmetic_is_the_loaders():
     with pytest.raises(BudgetError) as refused:
         load_bundle(STORY, memory=1, max_kv_size=known.positions)
     assert known.smallest(bits) == pytest.approx(refused.value.smallest, rel=0.05)
+
+
+def test_the_arithmetic_of_mixtures(tmp_path):
+    """Of a tiny one, converted here."""
+    pytest.importorskip("mlx.core")
+    from mlxflash.converters import convert
+
+    import mixtures
+    from mlxflash.backends import make_backend
+    from mlxflash.model import load_bundle
+
+    if make_backend().name != "cpu":
+        pytest.skip("the catalogue's numbers are a CPU's")
+    mixtures.write(tmp_path / "m", "qwen3_moe", "mlx", "float16")
+    bundle, c = convert(tmp_path / "m", tmp_path / "m.flash"), mixtures.config_of("qwen3_moe")
+    known = Known(
+        "tiny", "silu", True, 3, 64, 96, 4, 2, 300, c["max_position_embeddings"], False, 16, experts=16, chosen=4
+    )
+    assert known.nbytes() == pytest.approx(bundle.streamed_bytes() + bundle.resident_bytes(), rel=0.05)
+    with pytest.raises(BudgetError) as refused:
+        load_bundle(bundle.path, memory=1)
+    assert known.smallest() == pytest.approx(refused.value.smallest, rel=0.05)
 
 
 def test_preview():

@@ -13,9 +13,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash._native import core
-from mlxflash.backends import FFN, Matrix
+from mlxflash.backends import FFN, Matrix, Traffic, stagings
 from mlxflash.backends.attention import replace_attention
+from mlxflash.backends.experts import MLXExperts, NativeExperts
 from mlxflash.bundle import Manifest
+from mlxflash.plan import Plan
 from mlxflash.pool import MOST_SCRATCH_BYTES, Landing, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
 from mlxflash.resident import MLX, HostArray, Tensor, read_host
@@ -28,11 +30,27 @@ class CPUBackend:
     """Native kernels; made only where the native module is there."""
 
     name = "cpu"
+    discrete = False
+    carries = ""
+    peak_bytes = 0
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    def available_memory(self) -> int | None:
+        return None
+
+    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
+        return stagings(plan, gap)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         return mx.float32
 
-    def rows(self, ffn: FFN, capacity: int, staging: Staging) -> "NativeRows":
+    def rows(self, ffn: FFN, capacity: int, staging: Staging) -> Any:
+        if ffn.layout == "experts" and ffn.mode != "affine":  # which the kernels do not know
+            return MLXExperts(ffn, capacity, staging, None, mx.float32)
+        if ffn.layout == "experts":
+            return NativeExperts(ffn, capacity, staging)
         return NativeRows(ffn, capacity, staging)
 
     def slot_bytes(self, ffn: FFN) -> int:
@@ -63,6 +81,8 @@ class CPUBackend:
         """Replace attention, and linear layers and embeddings by ones that take their weights out of `weights`."""
         for path, module in model.named_modules():
             linear = isinstance(module, (nn.Linear, nn.QuantizedLinear))
+            if getattr(module, "mode", "affine") != "affine":  # MLX computes what the kernels do not know
+                continue
             if linear or isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
                 *parents, name = path.split(".")
                 owner: Any = model

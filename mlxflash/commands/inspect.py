@@ -37,7 +37,7 @@ def run_models(args: argparse.Namespace) -> None:
         sizes = (known.nbytes(), known.smallest(), known.nbytes(4), known.smallest(4))
         shown = "".join(f"{format_bytes(size):>{width}}" for size, width in zip(sizes, (9, 10, 10, 10), strict=True))
         print(f"{name:<18}{known.kind:<8}{shown}  {known.repo}")
-    print("runs: sparse, predicted units only; exact, every unit, streamed")
+    print("runs: sparse, predicted units only; experts, those the router chose; exact, every unit, streamed")
     print("needs: the smallest --memory, with 4096 tokens of context")
 
 

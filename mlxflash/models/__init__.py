@@ -7,10 +7,13 @@ The feed-forward layers are ours, so the activation is the one that config.json 
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlxflash.bundle import MODES
 
 WORDS = {  # transformers' names of activations; any other is refused
     "relu": "relu",
@@ -33,9 +36,11 @@ class Family:
     share a path lie in it one after the other."""
 
     module: str  # where Model and ModelArgs are
-    layout: str  # plain | gated
+    layout: str  # plain | gated | experts
     parts: Mapping[str, str]
-    ffn: str = "mlp"  # attribute of a layer that is the FFN
+    ffn: str = (
+        "mlp"  # attribute of a layer that is the FFN; in a mixture the path of the experts, which layers may lack
+    )
     activation_keys: tuple[str, ...] = ("hidden_act",)  # of config.json; the first that says something
     activations: Mapping[str, str] = field(default_factory=lambda: WORDS)  # config.json's word -> ours
     keys: Mapping[str, str] = field(default_factory=dict)  # llama's name of a number -> config.json's
@@ -43,10 +48,25 @@ class Family:
     prefixes: Mapping[str, str] = field(default_factory=dict)  # of stored names -> those that `sanitize` expects
     kv_heads: Callable[[dict[str, Any]], Any] | None = None  # key-value heads, where config.json says it otherwise
     windowed: bool = False  # the class computes sliding-window attention, or the family has none
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # what config.json may not say otherwise
+    kv_values: Callable[[dict[str, Any]], int] | None = None  # that a token adds to a layer's cache, where not llama's
 
 
 def mlx_lm(name: str) -> str:
     return f"mlx_lm.models.{name}"
+
+
+def mixture(
+    name: str,
+    ffn: str = "mlp.switch_mlp",
+    activations: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **other: Any,
+) -> Family:
+    """A family of mlx-lm's whose experts are a SwitchGLU."""
+    defaults = {"hidden_act": "silu", "tie_word_embeddings": False} if defaults is None else defaults
+    activations = activations or {"silu": "silu", "swish": "silu"}
+    return Family(mlx_lm(name), "experts", GATED, ffn, activations=activations, defaults=defaults, **other)
 
 
 WIDENED = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
@@ -145,7 +165,24 @@ FAMILIES = {
     "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu"}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
+    "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp"),
+    "qwen2_moe": mixture("qwen2_moe", fixed={"norm_topk_prob": False}),
+    "qwen3_moe": mixture("qwen3_moe"),
+    "olmoe": mixture("olmoe", fixed={"clip_qkv": None}),
+    "granitemoe": mixture("granitemoe", "block_sparse_moe.switch_mlp", defaults={"hidden_act": "silu"}),
+    "gpt_oss": mixture("gpt_oss", "mlp.experts", {"silu": "clamped"}, windowed=True, fixed={"swiglu_limit": 7.0}),
+    "deepseek_v2": mixture(
+        "deepseek_v2",
+        fixed={"norm_topk_prob": False, "scoring_func": "softmax"},
+        kv_values=lambda c: (
+            c["num_attention_heads"] * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
+        ),
+    ),
+    "deepseek_v3": mixture(
+        "deepseek_v3", fixed={"scoring_func": "sigmoid"}, kv_values=lambda c: c["kv_lora_rank"] + c["qk_rope_head_dim"]
+    ),
 }
+SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI"}  # what mlx-lm calls the activations between experts' matrices
 
 
 def settings(config: Any, where: str) -> dict[str, Any]:
@@ -169,6 +206,9 @@ def settings(config: Any, where: str) -> dict[str, Any]:
     full["num_key_value_heads"] = said or full.get("num_attention_heads")
     _spell_out_rope(full)
     _check_numbers(full, family, where)
+    for key, value in family.fixed.items():
+        if full.get(key, value) != value:
+            raise ValueError(f"{where}: {key} {full[key]!r} in config.json is not supported for {kind}; {value!r} is")
     if not family.windowed and full.get("use_sliding_window", True):
         window = full.get("sliding_window")  # the class would attend further back: positions end where that starts
         if isinstance(window, int) and window > 0:
@@ -215,6 +255,7 @@ def family_of(config: Any, where: str) -> tuple[Family, str, float]:
 
 def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
     keys = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    keys += ["num_experts_per_tok"] if family.layout == "experts" else []
     keys += ["max_position_embeddings"] + [key for key in ("num_key_value_heads", "head_dim") if config.get(key)]
     for key in keys:
         value = config.get(key)
@@ -237,7 +278,78 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None
     mx.eval(mx.random.state)  # or each model leaves its uncomputed draws of initial weights behind
+    if FAMILIES[full["model_type"]].layout == "experts":
+        _check_mixture(model, full, where)
     return model
+
+
+def _check_mixture(model: nn.Module, config: dict[str, Any], where: str) -> None:
+    """That there are experts, more than a token chooses, and that they compute what we would."""
+    family, activation, _ = family_of(config, where)
+    switches = [find(layer, family.ffn) for layer in ffn_layers(model, family)]
+    if not switches:
+        raise ValueError(f"{where}: config.json describes no layer with experts")
+    chosen = config["num_experts_per_tok"]
+    for switch in switches:
+        if not chosen <= len(switch.up_proj.weight):
+            raise ValueError(
+                f"{where}: num_experts_per_tok {chosen} in config.json, there are {len(switch.up_proj.weight)} experts"
+            )
+        if type(switch.activation).__name__ != SWITCHES[activation]:
+            raise ValueError(f"{where}: this mlx-lm computes experts with {type(switch.activation).__name__}")
+
+
+def find(layer: Any, path: str) -> Any:
+    """The module at `path` in a layer, or None."""
+    try:
+        return attrgetter(path)(layer)
+    except AttributeError:
+        return None
+
+
+def graft(layer: Any, path: str, module: nn.Module) -> None:
+    """Put `module` where the layer has another one."""
+    owner, _, name = path.rpartition(".")
+    setattr(attrgetter(owner)(layer) if owner else layer, name, module)
+
+
+def ffn_layers(model: Any, family: Family) -> list[Any]:
+    """The model's layers whose FFN streams, in order: all, but of mixtures those with experts."""
+    return [layer for layer in model.layers if find(layer, family.ffn) is not None]
+
+
+def quantization_of(config: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """How a checkpoint's weights are quantised: mlx-lm's settings, {"group_size", "bits", "mode"} and, by the path of a
+    module, others; None for floats. Raises ValueError for what MLX does not know."""
+    said = config.get("quantization") or config.get("quantization_config")
+    if said is None:
+        return None
+    if isinstance(said, dict) and said.get("quant_method") == "mxfp4":  # gpt-oss as OpenAI published it
+        return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    said = said if isinstance(said, dict) else {}
+    whole = {"mode": "affine"} | {k: v for k, v in said.items() if k in ("group_size", "bits", "mode")}
+    modules = {k: v for k, v in said.items() if isinstance(v, dict | bool)}
+    for own in (whole, *(m for m in modules.values() if isinstance(m, dict))):
+        for key in ("group_size", "bits"):
+            if not isinstance(own.get(key), int) or isinstance(own.get(key), bool):
+                raise ValueError(f"{where}: already quantised, config.json says, but not as MLX does it")
+        if own.get("mode", "affine") not in MODES:
+            raise ValueError(f"{where}: quantization mode {own['mode']!r} is not supported: {', '.join(MODES)} are")
+    return whole | modules
+
+
+def quantise(model: nn.Module, settings: dict[str, Any], stored: Any, where: str) -> None:
+    """Make the modules quantised ones that `stored` (names of tensors) has scales of; as mlx-lm does it."""
+    whole = {k: v for k, v in settings.items() if k in ("group_size", "bits", "mode")}
+
+    def chosen(path: str, module: nn.Module) -> Any:
+        own = settings.get(path)
+        return hasattr(module, "to_quantized") and f"{path}.scales" in stored and (True if own is None else own)
+
+    try:
+        nn.quantize(model, **whole, class_predicate=chosen)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: its weights cannot be quantised so ({str(error).splitlines()[0]})") from None
 
 
 def max_positions(config: dict[str, Any]) -> int:
@@ -247,6 +359,9 @@ def max_positions(config: dict[str, Any]) -> int:
 def kv_values_per_token(config: dict[str, Any]) -> int:
     """Numbers that one token adds to the key-value cache, all layers together."""
     full = settings(config, "")
+    own = FAMILIES[full["model_type"]].kv_values
+    if own is not None:
+        return int(full["num_hidden_layers"] * own(full))
     heads = full["num_attention_heads"]
     head_dim = full.get("head_dim") or full["hidden_size"] // heads
     return int(2 * full["num_hidden_layers"] * (full.get("num_key_value_heads") or heads) * head_dim)
