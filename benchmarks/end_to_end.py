@@ -41,6 +41,7 @@ from shapes import SHAPES, write_bundle
 
 from mlxflash._native import core
 from mlxflash.backends import Backend, Matrix, make_backend
+from mlxflash.backends.cuda import DeviceBackend
 from mlxflash.bundle import Bundle
 from mlxflash.flash import FlashModel
 from mlxflash.lookahead import RANK, WIDTH_PER_RANK, Fit, LookAhead
@@ -51,6 +52,7 @@ from mlxflash.predictor import Ids
 from mlxflash.reader import make_reader
 
 CONTEXT = 384
+ON_GPU = ("metal", "cuda")
 RECALL, OVER = 0.587, 0.658  # the look-ahead as measured on the story model, layers 1-5, held-out text (RESULTS.md)
 LATE_LAYERS, RANKS = 4, (128, 1024)  # LLM in a flash, OPT-6.7B: rank 128, in the last four layers 1024
 
@@ -87,7 +89,14 @@ class Paced:
 
 
 def run_flash(
-    bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, backend: Backend, trace: Trace, early: str | None
+    bundle: Bundle,
+    memory: str,
+    tokens: np.ndarray,
+    warm: int,
+    backend: Backend,
+    trace: Trace,
+    early: str | None,
+    host_memory_size: str | None = None,
 ) -> Outcome:
     """Decode with the trace's late sets; `early` names the sets that are asked for a layer ahead, None: none."""
     m = bundle.manifest
@@ -101,6 +110,7 @@ def run_flash(
     with load_bundle(
         bundle.path,
         memory=memory,
+        host_memory=host_memory_size,
         predictor=predictors,
         direct=True,
         look_ahead=False,
@@ -113,7 +123,7 @@ def run_flash(
             link(model, trace.sets[early])
         model.flash.mode = "replayed trace"
         name = {None: "flash, no look-ahead", "early": "flash", "late": "perfect look-ahead"}[early]
-        outcome = decode(model, tokens, warm, name)
+        outcome = decode(model, tokens, warm, name + (", host tier" if host_memory_size else ""))
         outcome.held_bytes = held_bytes(model)
         outcome.ready_s, outcome.memory_bytes = ready, model.flash.plan.memory
         outcome.plan = model.flash.describe()
@@ -172,7 +182,7 @@ def disk_rate(file: Path, size: int, order: str, seconds: float) -> tuple[float,
 
 def memory_rate(backend: Backend) -> float:
     """GB/s at which the device that computes reads memory; without native code a copy's, reads and writes."""
-    if backend.name == "metal":
+    if backend.name in ON_GPU:
         matrix, x = mx.ones((1 << 16, 1 << 12), mx.float16), mx.ones((1, 1 << 12), mx.float16)
         mx.eval(matrix, x)
         return timed_rate(lambda: mx.eval(x @ matrix.T), matrix.nbytes)
@@ -208,7 +218,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="decoded tokens counted for flash (24)")
     parser.add_argument("--recall", type=float, default=RECALL, help=f"of the early sets ({RECALL})")
     parser.add_argument("--over", type=float, default=OVER, help=f"size of the early sets beside the late ({OVER})")
-    parser.add_argument("--device", help="metal, cpu or mlx-cpu; the best here otherwise")
+    parser.add_argument("--device", help="cuda, metal, cpu or mlx-cpu; the best here otherwise")
+    parser.add_argument("--host-memory", default=None, help="cuda: of a row with a host tier, as for generate")
     parser.add_argument("--dir", type=Path, default=None, help="where bundles are kept; a temporary folder otherwise")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
@@ -221,7 +232,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     units = manifest.layers[0].units
     warm = 8  # tokens until the window is full of what tokens use
     backend = make_backend(args.device)
-    if backend.name != "metal":
+    if backend.name not in ON_GPU:
         mx.set_default_device(mx.cpu)  # on a Mac MLX would compute on its GPU whatever the backend is
     trace = synthetic(bundle.num_layers, units, args.tokens + warm, recall=args.recall, over=args.over)
     print(describe(trace))
@@ -244,6 +255,14 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         run_flash(bundle, args.memory, many, warm, backend, trace, None),
         run_flash(bundle, args.memory, many, warm, backend, trace, "late"),
     ]
+    if isinstance(backend, DeviceBackend):
+        backend.waits = True  # their time alone, at the price of what they overlap
+        waited = run_flash(bundle, args.memory, many, warm, backend, trace, "early")
+        waited.mode += ", transfers waited for"
+        outcomes.append(waited)
+        backend.waits = False
+    if args.host_memory:
+        outcomes.append(run_flash(bundle, args.memory, many, warm, backend, trace, "early", args.host_memory))
     rates["memory"] = memory_rate(backend)  # last: its buffer is none of the budget's
     rows = [row_of(o, rates["sequential" if o in outcomes[:3] else "random"], rates["memory"]) for o in outcomes]
     report(args, rows, flash, rates, bundle)
@@ -261,6 +280,10 @@ def row_of(o: Outcome, disk: float, memory: float) -> dict[str, Any]:
         "predict_ms": 1e3 * o.predict_s,
         "bytes": o.bytes_per_token,
         "reads": o.reads_per_token,
+        "transfer_ms": 1e3 * o.transfer_s,
+        "transfer_bytes": o.transfer_bytes,
+        "tier_hit_rate": o.tier_hit_rate,
+        "pool_copies": o.pool_copies,
         "io_limit_ms": o.bytes_per_token / disk / 1e6,
         "memory_limit_ms": o.held_bytes / memory / 1e6,
     }
@@ -278,6 +301,13 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]], flash: Any, rat
             f"  {r['predict_ms']:7.1f}  {format_bytes(r['bytes']):>10}  {r['reads']:6.0f}"
             f"  {r['bytes'] / r['ms'] / 1e6:4.2f}  {naive['ms'] / r['ms']:6.1f}x  {hybrid['ms'] / r['ms']:6.1f}x"
         )
+    if any(r["transfer_bytes"] for r in rows):
+        for r in rows:
+            print(
+                f"{r['mode']:<21}{format_bytes(r['transfer_bytes'])} per token to the device, asked for in"
+                f" {r['transfer_ms']:.2f} ms of compute; {r['tier_hit_rate']:.1%} from the host tier,"
+                f" {r['pool_copies']} whole-pool copies"
+            )
     ms, io, memory = row["ms"], row["io_limit_ms"], row["memory_limit_ms"]
     print(f"limits of flash: {io:.0f} ms bytes / the random rate, {memory:.0f} ms held bytes / memory rate;")
     print(f"the token takes {ms / max(io, memory):.2f} of the larger; management {row['manage_ms'] / ms:.1%} of it")

@@ -23,14 +23,12 @@ import argparse
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +36,7 @@ import mlx.core as mx
 import numpy as np
 from disk import test_file
 from shapes import SHAPES, Shape, write_bundle
+from steps import Step, attempt, ending, extra_bytes, median_s, one_step
 
 from mlxflash._native import core
 from mlxflash.backends import FFN
@@ -56,33 +55,6 @@ ONES = {
     "uint32": (np.uint32, 1),
 }
 BATCH_BYTES = 16 << 20
-
-
-@dataclass
-class Step:
-    """What a step is given, and what it finds."""
-
-    dry: bool
-    folder: Path
-    shape: str
-    values: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def device(self) -> Any:
-        return mx.cpu if self.dry or not mx.metal.is_available() else mx.gpu
-
-    def must(self, key: str, holds: bool, claim: str) -> None:
-        """Something that the product relies on."""
-        self.values[key] = bool(holds)
-        print(f"  {'yes' if holds else 'NO '}  {claim}", flush=True)
-        if not holds:
-            self.problems.append(f"does not hold: {claim}")
-
-    def note(self, key: str, value: Any, text: str) -> None:
-        """Something good to know."""
-        self.values[key] = value
-        print(f"       {text}", flush=True)
 
 
 # Zero copy
@@ -248,17 +220,6 @@ def evals(s: Step) -> None:
     s.note("sync_us", (apart - once) / layers, f"{(apart - once) / layers:8.1f} us  is what a layer's eval adds")
 
 
-def median_s(work: Callable[[], object], seconds: float = 0.15) -> float:
-    work()
-    taken: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(taken) < 3:
-        begin = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - begin)
-    return float(np.median(taken))
-
-
 def copies(s: Step) -> None:
     cap, d, half = (1024 if s.dry else 8192), 2048, mx.float16
     n = cap // 2
@@ -291,17 +252,6 @@ def copies(s: Step) -> None:
         s.values[f"{key}_gb_s"] = rate
         if relied:
             s.must(f"{key}_free", extra < size / 2, f"{text} copies no weights")
-
-
-def extra_bytes(work: Callable[[], mx.array]) -> int:
-    """Memory that evaluating needs beyond what is there; a copy of the weights shows."""
-    mx.synchronize()
-    old = mx.set_cache_limit(0)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(work())
-    mx.set_cache_limit(old)
-    return max(0, mx.get_peak_memory() - before)
 
 
 def wired(s: Step) -> None:
@@ -450,45 +400,6 @@ STEPS = {f.__name__: f for f in (pools, landing, evals, copies, wired, adoption,
 # Running them
 
 
-def one_step(name: str, step: Step, result: Path) -> int:
-    """In the step's own process."""
-    mx.set_default_device(step.device)
-    try:
-        STEPS[name](step)
-    except Exception as error:
-        if os.environ.get("MLXFLASH_DEBUG"):
-            raise
-        step.problems.append(f"{type(error).__name__}: {error}")
-    result.write_text(json.dumps({**step.values, "problems": step.problems}))
-    return 1 if step.problems else 0
-
-
-def attempt(name: str, arguments: list[str], folder: Path, seconds: float) -> dict[str, Any]:
-    """Run a step as a process and return what it found, `problems` included."""
-    result = folder / f"{name}.json"
-    command = [sys.executable, __file__, *arguments, "--dir", str(folder), "--step", name, "--out", str(result)]
-    print(f"{name}:", flush=True)
-    begin = time.perf_counter()
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        said = ending(process.wait(max(1.0, seconds)))
-    except subprocess.TimeoutExpired:
-        said = f"did not end within {seconds:.0f} s"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # and what the step started
-            process.wait()
-    found = json.loads(result.read_text()) if result.exists() else {"problems": []}
-    if process.returncode and not found["problems"]:
-        found["problems"] = [said]
-    found["seconds"] = time.perf_counter() - begin
-    return cast(dict[str, Any], found)
-
-
-def ending(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
 def machine() -> dict[str, Any]:
     reader = make_reader(direct=True)
     reader.close()
@@ -516,7 +427,7 @@ def main() -> int:
     args = parser.parse_args()
     shape = args.shape or ("tiny" if args.dry_run else "opt-1.3b")
     if args.step:
-        return one_step(args.step, Step(args.dry_run, args.dir, shape), args.out)
+        return one_step(STEPS[args.step], Step(args.dry_run, args.dir, shape), args.out)
     begin = time.perf_counter()
     found: dict[str, Any] = {"machine": machine(), "dry_run": args.dry_run, "steps": {}}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
@@ -527,7 +438,7 @@ def main() -> int:
         for name in STEPS:
             left = DEADLINE_S - (time.perf_counter() - begin)
             seconds = left if name == "end_to_end" else min(STEP_S, left)
-            found["steps"][name] = attempt(name, arguments, Path(folder), seconds)
+            found["steps"][name] = attempt(__file__, name, arguments, Path(folder), seconds)
     found["failed"] = [name for name, step in found["steps"].items() if step["problems"]]
     found["seconds"] = time.perf_counter() - begin
     args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -79,6 +79,10 @@ class Outcome:
     memory_bytes: int = 0
     ready_s: float = 0.0
     plan: str = ""
+    transfer_s: float = 0.0
+    transfer_bytes: float = 0.0
+    tier_hit_rate: float = 0.0
+    pool_copies: int = 0
 
     @property
     def per_token(self) -> float:
@@ -195,6 +199,10 @@ def decode(model: FlashModel, tokens: np.ndarray, warm: int, mode: str) -> Outco
         stats.predict_s / len(seconds),
         stats.held_share,
         stats.peak_rss_gb,
+        transfer_s=stats.transfer_s / len(seconds),
+        transfer_bytes=stats.transfer_bytes,
+        tier_hit_rate=stats.tier_hit_rate,
+        pool_copies=stats.pool_copies,
     )
 
 

@@ -14,7 +14,9 @@ Modules import only from those below themselves:
     backends                     where rows live and how the FFN is computed on them
     catalog                      public models by short names, and what they will take
     models, plan, policy, pool   model families; budgets; who leaves memory first; host memory
+    hosttier                     the host's memory beside a device with its own
     reader, bundle, _native      extents to bytes; what lies on disk; the optional native part
+    install                      which MLX is installed, and what is wrong with it
 
 Importing does nothing: `load`, `generate` and `stream_generate` are found when first used.
 """
@@ -26,12 +28,12 @@ __all__ = ["generate", "load", "stream_generate"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from mlxflash.api import load
+    if name in __all__:
+        try:
+            from mlxflash import api, decode
+        except ImportError as error:
+            from mlxflash.install import why_not_loaded
 
-        return load
-    if name in ("generate", "stream_generate"):
-        from mlxflash import decode
-
-        return getattr(decode, name)
+            raise ImportError(why_not_loaded(error) or str(error)) from error
+        return api.load if name == "load" else getattr(decode, name)
     raise AttributeError(f"module 'mlxflash' has no attribute {name!r}")

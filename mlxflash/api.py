@@ -16,6 +16,7 @@ def load(
     path_or_hf_repo: str | Path = "story",
     *,
     memory: str | int | None = None,
+    host_memory: str | int | None = None,
     predictor: str | None = None,
     fidelity: str | None = None,
     window: int | None = None,
@@ -35,6 +36,7 @@ def load(
     model = load_bundle(
         bundle,
         memory=memory,
+        host_memory=host_memory,
         predictor=predictor,
         fidelity=fidelity,
         window=window,

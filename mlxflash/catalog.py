@@ -6,7 +6,7 @@ Numbers are those of the models' own config.json; bytes follow from them by arit
 from dataclasses import dataclass
 
 from mlxflash.bundle import SPARSE_ACTIVATIONS, Part, make_record
-from mlxflash.plan import LAYER_OBJECTS, BudgetError, Sizes, format_bytes, make_plan, parse_memory
+from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, BudgetError, Sizes, format_bytes, make_plan, parse_memory
 
 GROUP_SIZE = 64
 LOW_BIT_BYTES = (3 + 32 / GROUP_SIZE) / 8  # of a weight in a low-bit predictor: 3 bits, its group's scale and bias
@@ -64,11 +64,11 @@ class Known:
                 parts.append(Part(name, "float16", (self.width,), 0))
         record = make_record(parts)
         units, slot = self.units, record.stride
-        more: dict[str, int] = {}
+        least, token = MIN_SLOTS, 0
         if self.experts:
             slot = int(3 * self.units * self.width * _weight_bytes(bits))
             units = self.experts
-            more = {"least_slots": self.chosen, "expert_token": self.chosen * (4 * self.width + 3 * self.units) * 4}
+            least, token = self.chosen, self.chosen * (4 * self.width + 3 * self.units) * 4
         predictor = LOW_BIT_BYTES * self.width + 8 if self.kind == "sparse" else 0
         return Sizes(
             model=self.nbytes(bits),
@@ -85,7 +85,8 @@ class Known:
             activation_item=4,
             vocabulary=self.vocabulary,
             staged=not (record.aligned or self.experts),
-            **more,
+            least_slots=least,
+            expert_token=token,
         )
 
     def smallest(self, bits: int | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from mlxflash import __version__
 from mlxflash.commands import evaluate, generate, inspect, prepare
+from mlxflash.install import why_not_loaded
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices about prompts are not for our users
     try:
-        if getattr(args, "device", None) in ("cpu", "mlx-cpu"):
+        if getattr(args, "device", None) in ("cpu", "mlx-cpu", "discrete"):
             import mlx.core as mx
 
             mx.set_default_device(mx.cpu)  # what no backend replaces would run on a Mac's GPU otherwise
@@ -47,8 +48,8 @@ def fail(message: str) -> NoReturn:
 
 def sentence(error: BaseException) -> str:
     """One line for one failure, with the file where there is one."""
-    if isinstance(error, ImportError) and "mlx" in str(error):
-        return "MLX is not installed for this machine: pip install 'mlxflash[cpu]' on Linux, 'mlxflash' on a Mac"
+    if isinstance(error, ImportError) and (why := why_not_loaded(error)):
+        return why
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -100,7 +100,7 @@ def stream_generate(
             prompt_tps=len(tokens) / (first - start),
             generation_tokens=n,
             generation_tps=n / (now - begin),
-            peak_memory=mx.get_peak_memory() / 1e9,
+            peak_memory=max(mx.get_peak_memory(), flash.backend.peak_bytes) / 1e9,
             finish_reason=reason,
             flash=flash.stats(before, n),
             ttft_s=first - start,

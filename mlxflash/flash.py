@@ -10,13 +10,12 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlxflash.backends import Backend
+from mlxflash.backends import Backend, Traffic
 from mlxflash.bundle import Bundle
 from mlxflash.ffn import FlashLayer, Times
 from mlxflash.fidelity import Level
 from mlxflash.forecast import Forecast
-from mlxflash.plan import Plan
-from mlxflash.pool import Staging
+from mlxflash.plan import DEVICE_SHARE, BudgetError, Plan, as_typed, format_bytes
 from mlxflash.reader import File, Reader
 
 
@@ -34,6 +33,10 @@ class FlashStats:
     flash_s: float  # asking for reads and waiting for them
     manage_s: float  # window upkeep
     predict_s: float
+    transfer_s: float  # host to device, where they have memory of their own
+    transfer_bytes: float  # the same per token
+    tier_hit_rate: float  # of the units that went to the device, from the host's memory
+    pool_copies: int  # updates of rows that copied a whole pool: a bug, or a computation that was not finished
     forecast_tps: float | None  # tokens per second as foreseen; None: not where reads may come from the page cache
 
 
@@ -47,6 +50,7 @@ class Snapshot:
     misses: int
     decoded: int
     times: Times
+    traffic: Traffic
 
 
 class FlashModel(nn.Module):
@@ -60,7 +64,10 @@ class FlashModel(nn.Module):
         if flash.torn:
             flash.forget()
         flash.torn = True
-        logits = super().__call__(*args, **kwargs)
+        try:
+            logits = super().__call__(*args, **kwargs)
+        except RuntimeError as error:
+            raise flash.explain(error) from None
         flash.torn = False
         return logits
 
@@ -93,7 +100,7 @@ class Flash:
         self.predictor, self.level, self.forecast = predictor, level, forecast
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
-        self.stagings: list[Staging] = []
+        self.stagings: list[Any] = []  # where units land on their way; each has `reset`
         self.times = Times()
         self.torn = False  # a pass was begun and did not end: an interrupt or a failed read cut it off
         self.closed = False
@@ -102,8 +109,22 @@ class Flash:
     def describe(self) -> str:
         """The plan and what carries it out, for people."""
         direct = "direct" if self.files and self.files[0].direct else "buffered"
-        said = f"{self.plan.describe()}\n  on {self.backend.name}, {direct} reads by {self.reader.engine}"
+        carries = f" by {self.backend.carries}" if self.backend.discrete else ""
+        said = f"{self.plan.describe()}\n  on {self.backend.name}{carries}, {direct} reads by {self.reader.engine}"
         return f"{said}\n{self.forecast.describe()}" if self.forecast else said
+
+    def explain(self, error: RuntimeError) -> Exception:
+        """MLX's error, or where a device has no memory left the budget that would fit."""
+        free = self.backend.available_memory()
+        text = str(error)
+        if free is None or ("out of memory" not in text and "Unable to allocate" not in text):
+            return error
+        fits = int(DEVICE_SHARE * self.plan.memory)
+        return BudgetError(
+            f"the device ran out of memory with a budget of {format_bytes(self.plan.memory)},"
+            f" {format_bytes(free)} free: others use it too; --memory {as_typed(fits)} leaves room",
+            fits,
+        )
 
     @property
     def exact(self) -> bool:
@@ -117,6 +138,7 @@ class Flash:
             misses=sum(layer.window.num_misses for layer in self.layers),
             decoded=self.layers[0].num_decoded,
             times=replace(self.times),
+            traffic=replace(self.backend.traffic),
         )
 
     def stats(self, since: Snapshot, tokens: int) -> FlashStats:
@@ -124,6 +146,9 @@ class Flash:
         now = self.snapshot()
         flagged = now.hits - since.hits + now.misses - since.misses
         per = max(tokens, 1)
+        sent, before = now.traffic, since.traffic
+        hits = sent.tier_hits - before.tier_hits
+        transfer_s = sent.seconds - before.seconds
         return FlashStats(
             mode=self.mode,
             decoded=tokens,
@@ -135,6 +160,10 @@ class Flash:
             flash_s=now.times.flash - since.times.flash,
             manage_s=now.times.manage - since.times.manage,
             predict_s=now.times.predict - since.times.predict,
+            transfer_s=transfer_s,
+            transfer_bytes=(sent.bytes - before.bytes) / per,
+            tier_hit_rate=hits / max(1, hits + sent.tier_misses - before.tier_misses),
+            pool_copies=sent.pool_copies - before.pool_copies,
             forecast_tps=1 / self.forecast.seconds if self.forecast else None,
         )
 
@@ -150,7 +179,7 @@ class Flash:
         if torn:
             self.reader.restart()
             for staging in self.stagings:
-                staging.user = None
+                staging.reset()
         else:
             self.reader.drain()
         for layer in self.layers:

@@ -38,8 +38,8 @@ from mlxflash.models import (
     quantization_of,
     settings,
 )
-from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, Plan, Sizes, available_memory, make_plan, parse_memory
-from mlxflash.pool import Source, Staging
+from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, MIN_SLOTS, Plan, Sizes, available_memory, make_plan, parse_memory
+from mlxflash.pool import Source
 from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
@@ -55,6 +55,7 @@ def load_bundle(
     path: str | Path,
     *,
     memory: str | int | None = None,
+    host_memory: str | int | None = None,
     predictor: str | Sequence[Predictor] | None = None,
     window: int | None = None,
     device: str | None = None,
@@ -70,9 +71,11 @@ def load_bundle(
     """The model of a bundle, ready to compute.
 
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
-    hold it whole, within what is available). predictor: "low-bit" (default), "low-rank" (trained), "all" (exact),
-    "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one per layer. window: drop
-    units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory is wanted).
+    hold it whole, within what is available); the device's own memory on cuda. host_memory: what of the host's memory
+    keeps what such a device gives up (None: nothing). predictor: "low-bit" (default), "low-rank" (trained), "all"
+    (exact), "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one per layer.
+    window: drop units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory
+    is wanted).
     max_kv_size: tokens of key-value cache to plan for. fidelity: "high" (default), "balanced" or "fast", how far the
     reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all".
     margin: instead of a level, flag every unit whose estimate exceeds minus this many of its standard errors (low-bit;
@@ -142,7 +145,8 @@ def load_bundle(
     if look_ahead:
         own_bytes += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead"))
     sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes, level)
-    plan = make_plan(sizes, parse_memory(memory, sizes.model), context)
+    tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
+    plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
 
     disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
     expected = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, look_ahead)
@@ -167,7 +171,7 @@ def load_bundle(
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
         gap = disk.gap_bytes() if disk and not check_reads else 0  # what only passes by is not checked
-        staging, *others = flash.stagings = [Staging(plan.staging_bytes, gap) for _ in range(3)]
+        staging, *others = flash.stagings = backend.landings(ffn, plan, gap)
         blocks = None
         if not plan.whole:
             pair = [backend.rows(ffn, plan.block_units, other) for other in others]
@@ -196,6 +200,7 @@ def load_bundle(
             )
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
+                rows.settle()  # what is on its way to a device goes there now
             flash.layers.append(layer)
             graft(owner, family.ffn, FlashExperts(layer) if mixture else FlashFFN(layer))
         for here, there in pairwise(flash.layers):
@@ -204,8 +209,10 @@ def load_bundle(
             flash.layers[-1].after = flash.layers[0]
         if look_ahead and name in ("low-bit", "oracle"):
             _link(flash.layers, bundle, backend, ffn, cuts)
-    except BaseException:
+    except BaseException as error:
         flash.close()
+        if isinstance(error, RuntimeError):
+            raise flash.explain(error) from None
         raise
     return model
 
@@ -404,10 +411,10 @@ def _sizes(
         first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
         predictor_bytes += sum(layer.units for layer in manifest.layers) * first
     units = tuple(layer.units for layer in manifest.layers)
-    experts: dict[str, int] = {}
+    least, token = MIN_SLOTS, 0
     if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
         chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
-        experts = {"least_slots": chosen, "expert_token": chosen * (4 * manifest.d_model + 3 * hidden) * item}
+        least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,
@@ -423,5 +430,7 @@ def _sizes(
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
         staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
-        **experts,
+        discrete=backend.discrete,
+        least_slots=least,
+        expert_token=token,
     )

@@ -20,6 +20,8 @@ PREFILL_TOKENS = (512, 256, 128, 64, 32, 16)
 LEAST_BLOCK_BYTES, MOST_BLOCK_BYTES = 64 << 10, 8 << 20  # a streaming block: sequential speed needs some MiB
 RUNTIME_BYTES = 2_000_000  # stacks and page tables of some 25 threads, allocators' slack: measured in cgroups
 AUTO_SHARE = 0.7  # of the memory available now, when no budget is given
+DEVICE_SHARE = 0.9  # of a device's free memory: what is not in the budget (contexts, kernels, a stray copy) wants some
+LANDING_BLOCKS, LEAST_LANDING = 4, 8  # a landing on the host: so many blocks, a block of so many records at least
 
 
 class BudgetError(ValueError):
@@ -50,6 +52,7 @@ class Sizes:
     staged: bool  # whether reads pass through a staging buffer
     least_slots: int = MIN_SLOTS  # of a layer; of experts, as many as one token chooses
     expert_token: int = 0  # what one prompt token's chosen experts compute, before it is added up
+    discrete: bool = False  # the budget is a device's own memory; what the host holds is planned beside it
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Plan:
     prefill_tokens: int
     context: int
     whole: bool
+    discrete: bool = False
+    host_objects: int = 0  # host memory beside a discrete device: Python, MLX and threads,
+    host_landing: int = 0  # what units pass through,
+    host_tier: int = 0  # and what keeps some of them
 
     def describe(self) -> str:
         """One line per use of the budget, for people."""
@@ -87,23 +94,51 @@ class Plan:
             ("MLX buffer cache", self.cache, ""),
             ("pools", self.pools, f"{sum(self.capacities) / sum(self.units):.1%} of the feed-forward units"),
         ]
-        lines = [f"plan for {format_bytes(self.memory)}:"]
-        lines += [f"  {name:<18}{format_bytes(size):>10}  {note}".rstrip() for name, size, note in rows if size]
+        lines = [f"plan for {format_bytes(self.memory)}{' of device memory' if self.discrete else ''}:"]
+        lines += [_line(*row) for row in rows if row[1]]
+        if self.discrete:
+            on_host = [
+                ("threads, objects", self.host_objects, ""),
+                ("landing", self.host_landing, "units on their way to the device"),
+                ("host tier", self.host_tier, f"{self.host_tier / self.streamed:.1%} of the feed-forward units"),
+            ]
+            lines.append(f"and {format_bytes(sum(size for _, size, _ in on_host))} of host memory:")
+            lines += [_line(*row) for row in on_host if row[1]]
         return "\n".join(lines)
 
+    @property
+    def streamed(self) -> int:
+        """Bytes of all feed-forward units in a pool."""
+        return max(1, sum(self.units) * self.pools // max(1, sum(self.capacities)))
 
-def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
+
+def _line(name: str, size: int, note: str) -> str:
+    return f"  {name:<18}{format_bytes(size):>10}  {note}".rstrip()
+
+
+def make_plan(sizes: Sizes, memory: int | None, context: int, available: int | None = None, host_tier: int = 0) -> Plan:
     """Settings for `memory` bytes (None: what holds everything, within what is available) and `context` tokens.
 
-    Raises BudgetError, naming the smallest budget that would work.
+    `available` is what the device has free, where that is not the host's. Raises BudgetError, naming the smallest
+    budget that would work, or the largest.
     """
+    if host_tier and not sizes.discrete:
+        raise ValueError("host memory beside the budget is for devices with memory of their own: leave it out")
     whole = _whole(sizes, context)
+    room = available_memory() if available is None else available
     if memory is None:
-        memory = min(whole.memory, int(AUTO_SHARE * available_memory()))
+        memory = min(whole.memory, int(AUTO_SHARE * room))
+    elif available is not None and min(memory, whole.memory) > available:
+        raise BudgetError(
+            f"a memory budget of {format_bytes(memory)} does not fit this device, which has {format_bytes(available)}"
+            f" free: --memory {as_typed(int(DEVICE_SHARE * available))} would",
+            int(DEVICE_SHARE * available),
+        )
     if memory >= whole.memory:
-        return replace(whole, memory=memory)
+        return replace(whole, memory=memory)  # nothing streams, so that a tier would stay empty
     slots = sum(min(sizes.least_slots, n) for n in sizes.units)
-    fixed = sizes.resident + sizes.objects + RUNTIME_BYTES + sizes.predictor + context * sizes.kv_token
+    objects, beside = _objects(sizes)
+    fixed = sizes.resident + objects + sizes.predictor + context * sizes.kv_token
     least = fixed + slots * sizes.slot
     least += sum(_reserves(sizes, context, 0).values())
     if memory < least:
@@ -121,7 +156,7 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
     return Plan(
         memory=memory,
         resident=sizes.resident,
-        objects=sizes.objects + RUNTIME_BYTES,
+        objects=objects,
         predictor=sizes.predictor,
         kv=context * sizes.kv_token,
         pools=sum(capacities) * sizes.slot,
@@ -129,6 +164,10 @@ def make_plan(sizes: Sizes, memory: int | None, context: int) -> Plan:
         units=sizes.units,
         block_units=min(reserves["blocks"] // (2 * sizes.slot), max(sizes.units)),
         staging_bytes=reserves["staging"] // 3 or _least_staging(sizes),
+        discrete=sizes.discrete,
+        host_objects=beside,
+        host_landing=LANDING_BLOCKS * max(reserves["blocks"] // 2, LEAST_LANDING * sizes.stride) * sizes.discrete,
+        host_tier=host_tier,
         prefill_tokens=_prefill(sizes, context, reserves["activations"]),
         context=context,
         whole=False,
@@ -144,7 +183,7 @@ def _reserves(sizes: Sizes, context: int, spare: int) -> dict[str, int]:
         # A chunk of a prompt reads every expert that any of its tokens chose: longer ones are worth more there.
         "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // (8 if sizes.expert_token else 16),
         "blocks": 2 * block,
-        "staging": 3 * (block + _least_staging(sizes)) if sizes.staged else 0,
+        "staging": 3 * (block + _least_staging(sizes)) if sizes.staged and not sizes.discrete else 0,
         "cache": min(64 << 20, (1 << 20) + spare // 64),
     }
 
@@ -156,11 +195,12 @@ def _whole(sizes: Sizes, context: int) -> Plan:
     # A held layer's activations are as wide as the layer.
     activations = _activations(sizes, prefill, context) + prefill * max(sizes.units) * sizes.activation_item
     buffer = MOST_BLOCK_BYTES + _least_staging(sizes)
-    staging, cache = buffer if sizes.staged else 0, 16 << 20
+    staging, cache = buffer if sizes.staged and not sizes.discrete else 0, 16 << 20
+    objects, beside = _objects(sizes)
     return Plan(
-        memory=sizes.resident + sizes.objects + RUNTIME_BYTES + kv + activations + staging + cache + pools,
+        memory=sizes.resident + objects + kv + activations + staging + cache + pools,
         resident=sizes.resident,
-        objects=sizes.objects + RUNTIME_BYTES,
+        objects=objects,
         predictor=0,
         kv=kv,
         activations=activations,
@@ -175,7 +215,16 @@ def _whole(sizes: Sizes, context: int) -> Plan:
         prefill_tokens=prefill,
         context=context,
         whole=True,
+        discrete=sizes.discrete,
+        host_objects=beside,
+        host_landing=LANDING_BLOCKS * MOST_BLOCK_BYTES * sizes.discrete,
     )
+
+
+def _objects(sizes: Sizes) -> tuple[int, int]:
+    """Bytes of Python's and MLX's objects in the budget, and beside it."""
+    objects = sizes.objects + RUNTIME_BYTES
+    return (0, objects) if sizes.discrete else (objects, 0)
 
 
 def _prefill(sizes: Sizes, context: int, room: int) -> int:
@@ -274,6 +323,11 @@ def available_memory() -> int:
         except (OSError, ValueError):
             continue
     return total
+
+
+def as_typed(count: int) -> str:
+    """A size as it can be typed back, rounded down."""
+    return f"{count // 10**6}MB"
 
 
 def _round_up(count: int) -> int:

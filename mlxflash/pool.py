@@ -77,6 +77,10 @@ class Staging:
             self._memory = host_memory(self.num_bytes)
         return self._memory
 
+    def reset(self) -> None:
+        """Forget a landing that nobody will wait for; no read may be under way."""
+        self.user = None
+
 
 class RecordRows:
     """Slots shaped like records: slot s is `memory[s * stride :][: stride]`, one contiguous span per unit.

@@ -5,6 +5,7 @@ much as attention does, and the logits spread widely: a unit lost shows far abov
 """
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 
@@ -214,12 +215,19 @@ def _native():
     return CPUBackend()
 
 
+def _discrete():
+    from mlxflash.backends import make_backend
+
+    return make_backend(os.environ.get("MLXFLASH_DISCRETE", "discrete"))  # gpu.sh says cuda
+
+
 BACKENDS = {
     "native": _native,
     "parts-alias": lambda: _mlx(False, True),
     "parts-copy": lambda: _mlx(False, False),
     "records-alias": lambda: _mlx(True, True),
     "records-copy": lambda: _mlx(True, False),
+    "discrete": _discrete,
 }
 
 

@@ -44,9 +44,19 @@ STEPS = {
     "end_to_end": RUN,
 }
 
+GPU_STEPS = {
+    "laws": {"4bits_oracle_part", "float32_all_whole_error"},
+    "bus": {"carries", "plain_64_gb_s", "bus_gb_s", "answer_plain_us", "synchronize_us"},
+    "updates": {"synchronized_64", "evaluated_64_copies", "seen"},
+    "copies": {"up_prefix_free", "down_quantised_gb_s"},
+    "disk": {"direct", "random_16_gb_s", "sequential_1024_gb_s", "gds_gb_s"},
+    "resident": {"dense_ms", "whole", "whole_ms"},
+    "end_to_end": RUN,
+}
+
 
 def process(*command):
-    return subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +109,28 @@ def test_the_mac_script_runs_dry(tmp_path):
     for name, keys in STEPS.items():
         assert found["steps"][name].keys() >= keys | {"problems", "seconds"}
     assert list(tmp_path.iterdir()) == [out]  # nothing is left behind
+
+
+def test_the_gpu_script_runs_dry(tmp_path):
+    ours = Path(sys.prefix) == ROOT / ".venv"  # elsewhere the script would look for a Python of its own
+    command = ["benchmarks/gpu.sh"] if ours else [sys.executable, "benchmarks/gpu.py"]
+    out, steps = tmp_path / "gpu", ["laws", "bus", "updates", "copies", "disk", "resident", "end_to_end"]
+    done = process(*command, "--dry-run", "--dir", tmp_path, "--out", out, "--steps", ",".join(steps))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((out / "gpu.json").read_text())
+    assert found["failed"] == []
+    assert found["machine"].keys() >= {"system", "device", "builds", "memory_bytes", "mlx", "native", "reader"}
+    assert list(found["steps"]) == steps
+    for name, keys in GPU_STEPS.items():
+        assert found["steps"][name].keys() >= keys | {"problems", "seconds"}
+    rows = {row["mode"]: row for row in found["steps"]["end_to_end"]["rows"]}
+    assert list(rows) == [*WAYS, "flash, transfers waited for", "flash, host tier"]
+    assert rows["flash"]["transfer_bytes"] >= rows["flash"]["bytes"] > rows["flash, host tier"]["bytes"]
+    assert rows["flash, host tier"]["tier_hit_rate"] > 0.1 > rows["flash"]["tier_hit_rate"] == 0
+    text = (out / "gpu.txt").read_text()
+    assert all(way in text for way in rows)
+    assert "over naive (the paper, RTX 4090: 26x)" in text
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_mac_step_that_dies_is_named_and_the_others_go_on(tmp_path):

@@ -33,6 +33,9 @@ KEYS = {
     "reads_per_token",
     "hit_rate",
     "held_share",
+    "transfer_bytes_per_token",
+    "tier_hit_rate",
+    "pool_copies",
 }
 FOOTER = ["Mode: ", "Prompt: 5 tokens, ", "Generation: 12 tokens, ", "Peak memory: ", "Flash: "]
 STORY = ["generate", "-p", "Once upon a time", "-m", "12"]

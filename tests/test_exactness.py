@@ -39,7 +39,7 @@ STORED = {  # name: dtype, bits
 SMALL = Shape()
 ALIGNED = Shape(d_model=512, ffn=96, heads=8)  # records of 4096 bytes, where the others' are packed
 ODD = Shape(d_model=96, ffn=203, heads=3)
-SOME = ("native", "parts-alias", "records-copy")  # of the backends: every kind of memory once
+SOME = ("native", "parts-alias", "records-copy", "discrete")  # of the backends: every kind of memory once
 
 
 def assert_same_logits(got, want, tolerance):

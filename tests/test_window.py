@@ -402,18 +402,30 @@ def test_held_from_the_start(fate):
     assert rows.memory[: len(live)].tolist() == live.tolist()
 
 
+@contextlib.contextmanager
 def memory_of(rows):
-    """Bytes of a real memory, [slots, bytes] per array: its parts or records, and what is resident per unit."""
+    """Bytes of a real memory to change, [slots, bytes] per array: its parts or records, and what is resident per unit.
+
+    A device's are copies that go back at the end.
+    """
+    if hasattr(rows, "_pools"):
+        copies = {name: np.array(pool.view(mx.uint8)) for name, pool in rows._pools.items()}
+        yield [raw.reshape(rows.capacity, -1) for raw in copies.values()]
+        for name, pool in rows._pools.items():
+            rows._pools[name] = mx.array(copies[name].reshape(rows.capacity, -1)).view(pool.dtype).reshape(pool.shape)
+        mx.eval(rows._pools)
+        return
     inner = rows._memory
     views = [inner.memory] if hasattr(inner, "memory") else [view for _, view in inner._parts]
     raw = [np.frombuffer(view, np.uint8).reshape(rows.capacity, -1) for view in views]
-    return raw + [array.view(np.uint8).reshape(rows.capacity, -1) for array in rows._resident.values()]
+    yield raw + [array.view(np.uint8).reshape(rows.capacity, -1) for array in rows._resident.values()]
 
 
 def spoil(rows, live, how, row=0):
     """Fill every row from `live` on with NaN, or with copies of row `row`."""
-    for raw in memory_of(rows):
-        raw[live:] = 0xFF if how == "nan" else raw[row].copy()
+    with memory_of(rows) as memory:
+        for raw in memory:
+            raw[live:] = 0xFF if how == "nan" else raw[row].copy()
 
 
 def numbers(array):
@@ -437,14 +449,16 @@ def test_stale_rows_do_not_matter(library, backend, dtype, bits, how):
             clean, active = layer.rows.ffn(x[:tokens], n, watch=1)
             clean = numbers(clean)
             assert n < 30 or np.abs(clean).max() > 0.1
-            held = [raw.copy() for raw in memory_of(layer.rows)]
+            with memory_of(layer.rows) as memory:
+                held = [raw.copy() for raw in memory]
             layer.rows.settle()
             spoil(layer.rows, n, how, strong)
             again, active_again = layer.rows.ffn(x[:tokens], n, watch=1)
             np.testing.assert_array_equal(numbers(again), clean)
             np.testing.assert_array_equal(active_again, active)
-            for raw, old in zip(memory_of(layer.rows), held, strict=True):
-                raw[:] = old
+            with memory_of(layer.rows) as memory:
+                for raw, old in zip(memory, held, strict=True):
+                    raw[:] = old
         clean = numbers(layer.rows.ffn(x, 99)[0])
         spoil(layer.rows, 99, "duplicates", strong)  # and a live row does matter
         assert not np.array_equal(numbers(layer.rows.ffn(x, 100)[0]), clean)
@@ -461,12 +475,14 @@ def test_rows_left_out_do_not_matter(library, backend):
         everything = np.array(layer.rows.ffn(x, 100)[0])
         assert np.abs(want - everything).max() > 0.1
         layer.rows.settle()
-        for raw in memory_of(layer.rows):
-            raw[:100][~keep] = raw[1]
+        with memory_of(layer.rows) as memory:
+            for raw in memory:
+                raw[:100][~keep] = raw[1]
         np.testing.assert_array_equal(np.array(layer.rows.ffn(x, 100, keep)[0]), want)
         if layer.rows.leaves_out_free:  # not even read: bytes may be on their way there
-            for raw in memory_of(layer.rows):
-                raw[:100][~keep] = 0xFF
+            with memory_of(layer.rows) as memory:
+                for raw in memory:
+                    raw[:100][~keep] = 0xFF
             np.testing.assert_array_equal(np.array(layer.rows.ffn(x, 100, keep)[0]), want)
 
 

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash.bundle import BundleError, Manifest, Record
+from mlxflash.plan import Plan
 from mlxflash.pool import Landing, Source, Staging
 from mlxflash.reader import Reader
 from mlxflash.resident import Tensor
@@ -122,6 +123,20 @@ class FFN:
         return (np.zeros(units, np.float32) if bias is None else bias) - np.float32(self.threshold)
 
 
+@dataclass
+class Traffic:
+    """What went to a discrete device, and what that took; all zero elsewhere."""
+
+    updates: int = 0
+    bytes: int = 0
+    bytes_back: int = 0  # of units that the device gave up, to the host tier
+    seconds: float = 0.0  # in which the host asked for it, or waited for it where the backend's `waits` is set
+    pool_copies: int = 0  # updates that copied a whole pool
+    syncs: int = 0  # times that the host waited for the device
+    tier_hits: int = 0  # units that came from the host tier
+    tier_misses: int = 0
+
+
 class Rows(Protocol):
     """Slots for units of one layer and the FFN on them. The window's view of it is `window.Rows`."""
 
@@ -152,10 +167,21 @@ class Backend(Protocol):
     """One device."""
 
     name: str
+    discrete: bool  # whether the host and the device have memory of their own
+    traffic: Traffic
+    carries: str  # what brings units to a discrete device, for people
+    peak_bytes: int  # of MLX's memory, before the last time that the backend reset it
+
+    def available_memory(self) -> int | None:
+        """Bytes of its own memory that a discrete device has free; None where it uses the host's or cannot say."""
+
+    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
+        """Where units land on their way to a window's rows, and to each of a stream's two blocks: what `rows` wants as
+        its third argument. Of staged records, `gap` bytes between two are cheaper read than stepped over."""
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype: ...
 
-    def rows(self, ffn: FFN, capacity: int, staging: Staging) -> Rows: ...
+    def rows(self, ffn: FFN, capacity: int, staging: Any) -> Rows: ...
 
     def slot_bytes(self, ffn: FFN) -> int:
         """Memory that one slot of `rows` takes."""
@@ -202,22 +228,46 @@ class Matrix:
         return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
 
 
+def stagings(plan: Plan, gap: int) -> list[Staging]:
+    """`Backend.landings` where the device uses the host's memory."""
+    return [Staging(plan.staging_bytes, gap) for _ in range(3)]
+
+
+NO_CUDA = "this MLX was built without it: pip uninstall -y mlx-cpu; pip install 'mlxflash[cuda13]' (or cuda12)"
+
+
 def make_backend(device: str | None = None) -> Backend:
-    """The backend for `device`: "metal", "cpu" or "mlx-cpu" (MLX's own CPU operations); None picks the best here."""
+    """The backend for `device`: "cuda", "metal", "cpu", or for checks "mlx-cpu" (MLX's own CPU operations) and
+    "discrete" (the same, as if the host did not share its memory); None picks the best here."""
     from mlxflash._native import core
     from mlxflash.backends.metal import MLXBackend
 
-    has_gpu = mx.metal.is_available()
+    has_metal = mx.metal.is_available()
+    has_cuda = mx.cuda.is_available() and mx.device_count(mx.gpu) > 0  # the first alone is true without a GPU
     if device is None:
-        device = "metal" if has_gpu else "cpu"
+        device = "metal" if has_metal else "cuda" if has_cuda else "cpu"
     if device == "metal":
-        if not has_gpu:
+        if not has_metal:
             raise ValueError("device metal: this MLX has no Metal; use --device cpu")
         return MLXBackend(mx.gpu)
+    if device == "cuda":
+        from mlxflash.backends.cuda import DeviceBackend
+        from mlxflash.backends.pagelocked import open_bus
+        from mlxflash.install import conflict
+
+        if not mx.cuda.is_available():
+            raise ValueError(f"device cuda: {conflict() or NO_CUDA}")
+        if not has_cuda:
+            raise ValueError("device cuda: MLX finds no NVIDIA GPU here; use --device cpu")
+        return DeviceBackend(mx.gpu, *open_bus())
     if device == "cpu" and core is not None:
         from mlxflash.backends.cpu import CPUBackend
 
         return CPUBackend()
     if device in ("cpu", "mlx-cpu"):
         return MLXBackend(mx.cpu)
-    raise ValueError(f"unknown device {device!r}: metal, cpu and mlx-cpu are there")
+    if device == "discrete":
+        from mlxflash.backends.cuda import DeviceBackend
+
+        return DeviceBackend(mx.cpu)
+    raise ValueError(f"unknown device {device!r}: cuda, metal, cpu, mlx-cpu and discrete are there")

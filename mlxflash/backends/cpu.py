@@ -13,10 +13,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash._native import core
-from mlxflash.backends import FFN, Matrix
+from mlxflash.backends import FFN, Matrix, Traffic, stagings
 from mlxflash.backends.attention import replace_attention
 from mlxflash.backends.experts import MLXExperts, NativeExperts
 from mlxflash.bundle import Manifest
+from mlxflash.plan import Plan
 from mlxflash.pool import MOST_SCRATCH_BYTES, Landing, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
 from mlxflash.resident import MLX, HostArray, Tensor, read_host
@@ -29,6 +30,18 @@ class CPUBackend:
     """Native kernels; made only where the native module is there."""
 
     name = "cpu"
+    discrete = False
+    carries = ""
+    peak_bytes = 0
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+
+    def available_memory(self) -> int | None:
+        return None
+
+    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
+        return stagings(plan, gap)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         return mx.float32

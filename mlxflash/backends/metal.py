@@ -12,9 +12,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflash.backends import FFN, Matrix
+from mlxflash.backends import FFN, Matrix, Traffic, stagings
 from mlxflash.backends.experts import MLXExperts
 from mlxflash.bundle import ITEM_BYTES, Manifest
+from mlxflash.plan import Plan
 from mlxflash.pool import Landing, PartRows, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
 from mlxflash.resident import Tensor, read_mlx
@@ -69,11 +70,22 @@ class MLXBackend:
     part row-contiguous.
     """
 
+    discrete = False
+    carries = ""
+
     def __init__(self, device: Any, record_rows: bool | None = None, alias: bool | None = None):
+        self.traffic = Traffic()
+        self.peak_bytes = 0
         self.name = "metal" if device == mx.gpu else "mlx-cpu"
         self._device = device
         self._record_rows = device == mx.gpu if record_rows is None else record_rows
         self._alias = views_alias(device) if alias is None else alias
+
+    def available_memory(self) -> int | None:
+        return None
+
+    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
+        return stagings(plan, gap)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         """The weights' dtype; on the CPU float32 beside quantised weights, whose half-precision kernels crawl."""
@@ -81,7 +93,7 @@ class MLXBackend:
             return mx.float32
         return DTYPES[manifest.dtype]
 
-    def rows(self, ffn: FFN, capacity: int, staging: Staging) -> Any:
+    def rows(self, ffn: FFN, capacity: int, staging: Any) -> Any:
         if ffn.layout == "experts":
             compute = mx.float32 if self._device == mx.cpu else None
             return MLXExperts(ffn, capacity, staging, shared_array if self._alias else None, compute)

@@ -23,6 +23,9 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ignore-chat-template", action="store_true", help="take the prompt as it is")
     p.add_argument("--max-kv-size", type=int, default=None, help="tokens the key-value cache holds before it rotates")
     p.add_argument("--memory", default=None, help="budget for all but the interpreter: 2GB, or 60%% of the model")
+    p.add_argument(
+        "--host-memory", default=None, help="on cuda: memory of the host that keeps units on their way (none)"
+    )
     p.add_argument("--window", type=int, default=None, help="drop units that the last K tokens did not use")
     p.add_argument(
         "--predictor", default=None, choices=["low-bit", "low-rank", "oracle", "all"], help="which units a token needs"
@@ -37,7 +40,7 @@ def add(p: argparse.ArgumentParser) -> None:
         "--fidelity", default=None, choices=FIDELITIES, help="how many active units are not worth a read (high)"
     )
     p.add_argument("--exact", action="store_true", help="compute every unit: the same as --fidelity exact")
-    p.add_argument("--device", default=None, help="metal, cpu or mlx-cpu (the best here)")
+    p.add_argument("--device", default=None, help="cuda, metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
     p.add_argument("--dtype", default=None, help="when the model is converted first, as for convert")
     p.add_argument("-q", dest="bits", type=int, default=None, help="when the model is converted first, as for convert")
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_bundle(
         bundle,
         memory=args.memory,
+        host_memory=args.host_memory,
         predictor=args.predictor,
         fidelity="exact" if args.exact else args.fidelity,
         window=args.window,
@@ -137,6 +141,12 @@ def _tokens(tokenizer: Any, prompt: str, args: argparse.Namespace) -> list[int]:
 def footer(response: Any) -> str:
     """What a run says of itself on stderr, after the text."""
     flash = response.flash
+    sent = ""
+    if flash.transfer_bytes:
+        sent = (
+            f"\nDevice: {format_bytes(flash.transfer_bytes)} sent per token, {flash.tier_hit_rate:.1%} of its units"
+            f" from the host tier, {flash.pool_copies} whole-pool copies"
+        )
     foreseen = f" (forecast {flash.forecast_tps:.1f})" if flash.forecast_tps else ""
     return (
         f"Mode: {flash.mode}\n"
@@ -145,7 +155,7 @@ def footer(response: Any) -> str:
         f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens-per-sec{foreseen}\n"
         f"Peak memory: {response.peak_memory:.3f} GB MLX, {flash.peak_rss_gb:.3f} GB process\n"
         f"Flash: {format_bytes(flash.bytes_per_token)} and {flash.reads_per_token:.0f} reads per token, "
-        f"hit rate {flash.hit_rate:.1%}, {flash.held_share:.1%} of the feed-forward units held"
+        f"hit rate {flash.hit_rate:.1%}, {flash.held_share:.1%} of the feed-forward units held" + sent
     )
 
 
@@ -166,4 +176,7 @@ def _as_json(text: str, response: Any) -> dict[str, Any]:
         "reads_per_token": flash.reads_per_token,
         "hit_rate": flash.hit_rate,
         "held_share": flash.held_share,
+        "transfer_bytes_per_token": flash.transfer_bytes,
+        "tier_hit_rate": flash.tier_hit_rate,
+        "pool_copies": flash.pool_copies,
     }
