@@ -43,8 +43,11 @@ from mlxflash._native import core
 from mlxflash.backends import Backend, Matrix, make_backend
 from mlxflash.backends.cuda import DeviceBackend
 from mlxflash.bundle import Bundle
+from mlxflash.diskprofile import disk_profile
 from mlxflash.flash import FlashModel
+from mlxflash.forecast import Work, forecast, machine_profile
 from mlxflash.lookahead import RANK, WIDTH_PER_RANK, Fit, LookAhead
+from mlxflash.misses import misses_per_token
 from mlxflash.model import load_bundle
 from mlxflash.plan import format_bytes, parse_memory
 from mlxflash.pool import host_memory
@@ -127,7 +130,37 @@ def run_flash(
         outcome.held_bytes = held_bytes(model)
         outcome.ready_s, outcome.memory_bytes = ready, model.flash.plan.memory
         outcome.plan = model.flash.describe()
+        if not model.flash.plan.whole and backend.name in ("cpu", "mlx-cpu", "metal"):  # the forecast knows no bus
+            outcome.forecast_s = foreseen(model, trace, early, backend)
         return outcome
+
+
+def foreseen(model: FlashModel, trace: Trace, early: str | None, backend: Backend) -> float:
+    """The planner's forecast of a token, seconds, with the trace's misses at the plan's capacities in place of a
+    calibrated bundle's curves."""
+    flash, units = model.flash, model.flash.plan.units
+    manifest = flash.bundle.manifest
+    late = [trace.sets["late"].matrix(i, n) for i, n in enumerate(units)]
+    misses = tuple(misses_per_token(w, held) for w, held in zip(late, flash.plan.capacities, strict=True))
+    right = wrong = 0.0
+    if early is not None:
+        asked = [trace.sets[early].matrix(i, n) for i, n in enumerate(units)]
+        needed = sum(int(w.sum()) for w in late)
+        right = sum(int((a & w).sum()) for a, w in zip(asked, late, strict=True)) / needed
+        wrong = sum(int((a & ~w).sum()) for a, w in zip(asked, late, strict=True)) / needed
+    work = Work(
+        resident=flash.plan.resident,
+        kind=manifest.dtype,
+        predictor_kind="float16",
+        slot=flash.plan.pools // sum(flash.plan.capacities),
+        stride=manifest.record.stride,
+        kv=0,  # the context is short here
+        misses=misses,
+        recall=right,
+        over=wrong,
+    )
+    disk = disk_profile([flash.bundle.layer_path(i) for i in range(flash.bundle.num_layers)])
+    return forecast(flash.plan, work, machine_profile(backend, {manifest.dtype, "float16", "float32"}), disk).seconds
 
 
 def link(model: FlashModel, sets: Sets) -> None:
@@ -265,7 +298,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         outcomes.append(run_flash(bundle, args.memory, many, warm, backend, trace, "early", args.host_memory))
     rates["memory"] = memory_rate(backend)  # last: its buffer is none of the budget's
     rows = [row_of(o, rates["sequential" if o in outcomes[:3] else "random"], rates["memory"]) for o in outcomes]
-    report(args, rows, flash, rates, bundle)
+    report(args, rows, outcomes, rates, bundle)
 
 
 def row_of(o: Outcome, disk: float, memory: float) -> dict[str, Any]:
@@ -280,6 +313,7 @@ def row_of(o: Outcome, disk: float, memory: float) -> dict[str, Any]:
         "predict_ms": 1e3 * o.predict_s,
         "bytes": o.bytes_per_token,
         "reads": o.reads_per_token,
+        "forecast_ms": 1e3 * o.forecast_s,
         "transfer_ms": 1e3 * o.transfer_s,
         "transfer_bytes": o.transfer_bytes,
         "tier_hit_rate": o.tier_hit_rate,
@@ -289,7 +323,10 @@ def row_of(o: Outcome, disk: float, memory: float) -> dict[str, Any]:
     }
 
 
-def report(args: argparse.Namespace, rows: list[dict[str, Any]], flash: Any, rates: dict[str, Any], b: Bundle) -> None:
+def report(
+    args: argparse.Namespace, rows: list[dict[str, Any]], outcomes: list[Outcome], rates: dict[str, Any], b: Bundle
+) -> None:
+    flash = outcomes[3]
     naive, hybrid, resident4, row = rows[:4]
     print(flash.plan)
     print(f"memory {rates['memory']:.1f} GB/s read; {rates['by']}, direct: sequential 1 MiB ", end="")
@@ -312,6 +349,9 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]], flash: Any, rat
     print(f"limits of flash: {io:.0f} ms bytes / the random rate, {memory:.0f} ms held bytes / memory rate;")
     print(f"the token takes {ms / max(io, memory):.2f} of the larger; management {row['manage_ms'] / ms:.1%} of it")
     shares = [f"{r['mode']} {r['io_limit_ms'] / r['ms']:.2f}" for r in (naive, hybrid)]
+    for o, r in ((o, r) for o, r in zip(outcomes, rows, strict=True) if o.forecast_s):
+        off = 1e3 * o.forecast_s / r["ms"] - 1
+        print(f"forecast of {r['mode']}: {1e3 * o.forecast_s:.0f} ms ({off:+.0%})")
     print(f"share of the sequential rate of {rates['by']}: " + ", ".join(shares))
     print(f"ready to decode after {flash.ready_s:.1f} s ({format_bytes(b.resident_bytes())} resident weights)")
     known = {key: value for key, value in row.items() if key not in ("mode", "ms", "predict_ms")}

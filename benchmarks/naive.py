@@ -78,6 +78,7 @@ class Outcome:
     held_bytes: int = 0
     memory_bytes: int = 0
     ready_s: float = 0.0
+    forecast_s: float = 0.0
     plan: str = ""
     transfer_s: float = 0.0
     transfer_bytes: float = 0.0

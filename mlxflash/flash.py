@@ -199,6 +199,8 @@ class Flash:
         if not self.closed:
             self.closed = True
             self._finalizer()
+            for layer in self.layers:  # they name each other in a ring, which only the garbage collector would undo
+                layer.next = layer.after = layer.ahead = None
             self.layers.clear()
 
 

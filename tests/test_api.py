@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from build import BACKENDS, Shape, prompt_of
+from build import load as load_at
 from mlxflash import generate, load, stream_generate
 from mlxflash.model import load_bundle
 from mlxflash.reader import ENGINES, make_reader
@@ -473,3 +475,18 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing(tiny, tmp_path):
         with pytest.raises(ValueError, match=r"001\.safetensors"):
             load(path, memory=SMALL, max_kv_size=CONTEXT)
     assert (descriptors(), threading.active_count(), len(list(Path("/proc/self/task").iterdir()))) == before
+
+
+@pytest.mark.parametrize("settings", [{"predictor": "all"}, {"predictor": "oracle", "look_ahead": True}])
+def test_a_closed_model_leaves_no_pools_to_the_garbage_collector(library, settings):
+    """Gigabytes that wait for a collection are over the next model's budget."""
+    gc.disable()
+    try:
+        model = load_at(library.calibrated(), "parts-alias", "part", **settings)
+        rows = [weakref.ref(layer.rows) for layer in model.flash.layers]
+        model(mx.array([[5, 6, 7]]))
+        model.close()
+        del model
+        assert [ref() for ref in rows] == [None] * len(rows)
+    finally:
+        gc.enable()
