@@ -201,6 +201,7 @@ class Flash:
             self._finalizer()
             for layer in self.layers:  # they name each other in a ring, which only the garbage collector would undo
                 layer.next = layer.after = layer.ahead = None
+                layer.blocks.reset()
             self.layers.clear()
 
 
