@@ -25,13 +25,16 @@ COUNTS = (1, 4, 16, 64, 256)
 BUFFER_BYTES = 16 << 20
 MOST_BYTES = 64 << 20  # of one batch; larger ones are in proportion
 LEAST_SECONDS, REPEATS = 0.02, 3  # per size and count
+CPU_SIZE, CPU_ROUNDS = 1, 10  # which size tells what processor time a read costs, and batches for it
 
 
 @dataclass(frozen=True)
 class DiskProfile:
-    """`seconds[i][j]` is what a batch of COUNTS[j] reads of SIZES[i] bytes takes."""
+    """`seconds[i][j]` is what a batch of COUNTS[j] reads of SIZES[i] bytes takes; `read_cpu` the seconds of processor
+    time that one read costs the process and the kernel on its behalf."""
 
     seconds: tuple[tuple[float, ...], ...]
+    read_cpu: float = 0.0
 
     def batch(self, size: float, count: float) -> float:
         """Seconds for `count` reads of `size` bytes at random places, between and beyond what was measured.
@@ -74,10 +77,14 @@ class DiskProfile:
                     done = min(count, max(1, MOST_BYTES // size))
                     row.append(_median_batch(reader, files, ends, buffer, size, done, rng) * count / done)
                 table.append(tuple(row))
+            begin = time.process_time()
+            size, count = SIZES[CPU_SIZE], COUNTS[-1]
+            rounds = [_batch(reader, files, ends, buffer, size, count, rng) for _ in range(CPU_ROUNDS)]
+            read_cpu = (time.process_time() - begin) / (len(rounds) * count)
         finally:
             for file in files:
                 file.close()
-        return cls(tuple(table))
+        return cls(tuple(table), read_cpu)
 
 
 def _place(grid: np.ndarray, value: float) -> tuple[float, int]:
@@ -91,16 +98,22 @@ def _median_batch(
 ) -> float:
     times: list[float] = []
     while len(times) < REPEATS or sum(times) < LEAST_SECONDS:
-        which = int(rng.integers(len(files)))
-        length = min(size, ends[which] // 4096 * 4096)  # a small file is read whole
-        spans = np.empty((count, 3), np.uint64)
-        spans[:, 0] = rng.integers(0, (ends[which] - length) // 4096 + 1, count) * 4096
-        spans[:, 1] = np.arange(count) * length % max(1, BUFFER_BYTES - length + 1) // 4096 * 4096
-        spans[:, 2] = length
-        begin = time.perf_counter()
-        reader.submit(files[which], spans, buffer).wait()
-        times.append((time.perf_counter() - begin) * size / max(length, 1))
+        times.append(_batch(reader, files, ends, buffer, size, count, rng))
     return float(np.median(times))
+
+
+def _batch(
+    reader: Any, files: list[File], ends: list[int], buffer: memoryview, size: int, count: int, rng: np.random.Generator
+) -> float:
+    which = int(rng.integers(len(files)))
+    length = min(size, ends[which] // 4096 * 4096)  # a small file is read whole
+    spans = np.empty((count, 3), np.uint64)
+    spans[:, 0] = rng.integers(0, (ends[which] - length) // 4096 + 1, count) * 4096
+    spans[:, 1] = np.arange(count) * length % max(1, BUFFER_BYTES - length + 1) // 4096 * 4096
+    spans[:, 2] = length
+    begin = time.perf_counter()
+    reader.submit(files[which], spans, buffer).wait()
+    return (time.perf_counter() - begin) * size / max(length, 1)
 
 
 def disk_profile(paths: list[Path]) -> DiskProfile | None:
@@ -124,9 +137,10 @@ def disk_profile(paths: list[Path]) -> DiskProfile | None:
 def _kept_or_measured(reader: Any, paths: list[Path]) -> DiskProfile:
     file = _cache_file(paths[0], reader.engine)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = np.array(json.loads(file.read_text())["seconds"], np.float64)
-        if kept.shape == (len(SIZES), len(COUNTS)) and np.isfinite(kept).all() and (kept > 0).all():
-            return DiskProfile(tuple(map(tuple, kept.tolist())))
+        said = json.loads(file.read_text())
+        kept, cpu = np.array(said["seconds"], np.float64), float(said["read_cpu"])
+        if kept.shape == (len(SIZES), len(COUNTS)) and np.isfinite(kept).all() and (kept > 0).all() and 0 <= cpu < 1:
+            return DiskProfile(tuple(map(tuple, kept.tolist())), cpu)
     profile = DiskProfile.measure(reader, paths)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs two seconds next time
         file.parent.mkdir(parents=True, exist_ok=True)

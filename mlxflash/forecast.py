@@ -26,7 +26,8 @@ from mlxflash.plan import Plan
 
 MATRIX_BYTES, COLUMNS = 64 << 20, 4096  # of the matrix a rate is measured with: larger than caches
 LEAST_SECONDS, REPEATS = 0.02, 3  # per kind
-LAYER_STEPS = 14  # of the time one small operation takes to be asked for and answered, in a layer; fitted (RESULTS.md)
+LAYER_STEPS = 24  # of the time one small operation takes to be asked for and answered, in a layer; fitted (RESULTS.md)
+BESIDE = 1.15  # how much longer reads take while the processor computes, measured (RESULTS.md)
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,15 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
     own += work.kv / layers / machine.rates["float32"] + LAYER_STEPS * machine.step
     extent = work.stride if work.stride % BLOCK_BYTES == 0 else work.stride + BLOCK_BYTES
     seconds = compute = reads = 0.0
+    cores = os.cpu_count() or 1
     for held, missed in zip(plan.capacities, work.misses, strict=True):
         rows, new = held * work.slot / rate, missed * work.slot / rate
-        late = early = 0.0
+        late = early = late_cpu = early_cpu = 0.0
         if disk is not None:
-            late = disk.batch(extent, missed * (1 - work.recall))
-            early = disk.batch(extent, missed * (work.recall + work.over))
+            on_time, ahead = missed * (1 - work.recall), missed * (work.recall + work.over)
+            late, early = BESIDE * disk.batch(extent, on_time), BESIDE * disk.batch(extent, ahead)
+            late_cpu, early_cpu = (count * disk.read_cpu / cores for count in (on_time, ahead))
         compute += own + rows + new
-        seconds += max(own + max(rows, late), early + late) + new
+        seconds += max(own + early_cpu + max(rows + late_cpu, late), early + late) + new
         reads += missed * (1 + work.over)
     return Forecast(seconds, compute, reads)

@@ -10,7 +10,7 @@ import pytest
 from build import UNTIED
 from mlxflash import forecast as forecasts
 from mlxflash.backends import make_backend
-from mlxflash.forecast import LAYER_STEPS, MachineProfile, Work, forecast, machine_profile
+from mlxflash.forecast import BESIDE, LAYER_STEPS, MachineProfile, Work, forecast, machine_profile
 from mlxflash.model import load_bundle
 from mlxflash.plan import BudgetError, make_plan
 from test_diskprofile import made
@@ -38,7 +38,7 @@ def test_reads_hide_behind_held_rows_but_not_behind_what_names_them():
     nothing_read = seconds()
     assert seconds(fast) == pytest.approx(nothing_read, rel=1e-6)
     own = nothing_read - (sum(PLAN.capacities) + 300 * 32) * 16384 / 40e9
-    assert seconds(slow) == pytest.approx(own + 32 * slow.batch(16384, 300) + 300 * 32 * 16384 / 40e9)
+    assert seconds(slow) == pytest.approx(own + 32 * BESIDE * slow.batch(16384, 300) + 300 * 32 * 16384 / 40e9)
 
 
 @pytest.mark.parametrize("overhead", [1e-6, 1e-5, 1e-4])
