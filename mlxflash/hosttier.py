@@ -26,8 +26,8 @@ CHUNKS = 4  # so many landings fit the ring at once; larger ones go through in t
 class HostTier:
     """`passing` slots that units pass through and `kept` that keep some; slot s is row s of `rows.memory`."""
 
-    def __init__(self, record: Record, passing: int, kept: int, gap: int = 0):
-        self.record, self.passing, self.kept, self._gap = record, passing, kept, gap
+    def __init__(self, record: Record, passing: int, kept: int):
+        self.record, self.passing, self.kept = record, passing, kept
         self._rows: RecordRows | None = None
         self.reset()
 
@@ -41,9 +41,7 @@ class HostTier:
         if self._rows is None:
             size = (self.passing + self.kept) * self.record.stride
             memory = host_memory(size)[:size]
-            self._rows = RecordRows(
-                self.record, memory, Staging(self.record.stride * self.chunk + (3 << 12), self._gap)
-            )
+            self._rows = RecordRows(self.record, memory, Staging(self.record.stride * self.chunk + (3 << 12)))
         return self._rows
 
     def reset(self) -> None:

@@ -170,12 +170,11 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        gap = disk.gap_bytes() if disk and not check_reads else 0  # what only passes by is not checked
-        staging, *others = flash.stagings = backend.landings(ffn, plan, gap)
+        staging, *others = flash.stagings = backend.landings(ffn, plan)
         blocks = None
         if not plan.whole:
             pair = [backend.rows(ffn, plan.block_units, other) for other in others]
-            apart = 0 if mixture else (gap if disk else DEFAULT_GAP_BYTES) // manifest.record.stride
+            apart = 0 if mixture else (disk.gap_bytes() if disk else DEFAULT_GAP_BYTES) // manifest.record.stride
             blocks = Blocks((pair[0], pair[1]), apart)
         for i, (entry, owner) in enumerate(zip(manifest.layers, streamed, strict=True)):
             file = File(bundle.layer_path(i), direct)

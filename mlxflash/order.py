@@ -38,12 +38,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reads:
-    """Per token, all layers, on text the order was not made from: reads and units read, as stored and in the order."""
+    """Per token, all layers, on text the order was not made from, neighbours at once: as stored, in the order."""
 
     before: float
     after: float
-    units_before: float
-    units_after: float
 
 
 def reorder(
@@ -51,14 +49,13 @@ def reorder(
     target: str | Path,
     tokens: np.ndarray,
     *,
-    gap: int = 0,
     memory: str | int | None = None,
     device: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Bundle, Reads]:
     """A copy of `bundle` at `target`, which must not exist, in an order made from text, int [n] token ids.
 
-    Half of the tokens make the order, the other half count reads, of units up to `gap` units apart at once.
+    Half of the tokens make the order, the other half count reads.
     Raises ValueError (BundleError) with one sentence; `target` then does not exist.
     """
     target = Path(target)
@@ -68,15 +65,14 @@ def reorder(
         raise BundleError(f"{bundle.path}: has no low-bit predictor to say which units are read; convert again")
     check_length(tokens)
     inputs = exact_inputs(bundle, tokens, memory, device, progress)
-    orders, counts = [], np.zeros(4)
+    orders, counts = [], np.zeros(2)
     for index, x in enumerate(inputs):
         progress("order", index, len(inputs))
         missed = missed_units(_flagged(bundle, index, x, device), HELD)
         half = len(missed) // 2
         order = order_of(missed[:half])
         orders.append(order)
-        counts += [*reads_of(missed[half:], gap), *reads_of(missed[half:][:, order], gap)]
-    before, units_before, after, units_after = counts
+        counts += [reads_of(missed[half:]), reads_of(missed[half:][:, order])]
     partial = target.with_name(target.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -86,7 +82,7 @@ def reorder(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Bundle.open(target), Reads(before, after, units_before, units_after)
+    return Bundle.open(target), Reads(*counts.tolist())
 
 
 def order_of(missed: np.ndarray) -> np.ndarray:
@@ -134,17 +130,11 @@ def _walk(joined: list[list[int]], ends: list[int]) -> Iterator[int]:
             unit = next((n for n in joined[unit] if not done[n]), unit)
 
 
-def reads_of(missed: np.ndarray, gap: int) -> tuple[float, float]:
-    """Reads and units read per token where those up to `gap` units apart on disk, bool [tokens, units], join."""
-    reads = units = 0
-    for row in missed:
-        at = np.flatnonzero(row)
-        if len(at):
-            step = np.diff(at)
-            joins = step <= gap + 1
-            reads += 1 + int(np.count_nonzero(~joins))
-            units += len(at) + int((step[joins] - 1).sum())
-    return reads / len(missed), units / len(missed)
+def reads_of(missed: np.ndarray) -> float:
+    """Reads per token where neighbours on disk are one: bool [tokens, units], by position."""
+    starts = missed.copy()
+    starts[:, 1:] &= ~missed[:, :-1]
+    return float(starts.sum() / len(missed))
 
 
 def _flagged(bundle: Bundle, index: int, x: np.ndarray, device: str | None) -> np.ndarray:

@@ -18,7 +18,6 @@ from mlxflash.reader import File, Reader
 
 HUGE_PAGE = 2 << 20
 START = np.ones(1, bool)  # the first record begins a read
-MOST_SCRATCH_BYTES = 64 << 10  # records larger than this are not worth reading without need
 STAGING_BYTES = 2 << 20  # one round of reads that cannot land in place
 
 
@@ -61,13 +60,11 @@ class Source:
 
 class Staging:
     """A page-aligned buffer between disk and slots, made on first use.
-
-    Of two records on disk, up to `gap` bytes apart, those between are read too: cheaper than another read.
     The windows of a model share one; `user` is the landing that has it, from its first read to its last copy.
     """
 
-    def __init__(self, num_bytes: int = STAGING_BYTES, gap: int = 0):
-        self.num_bytes, self.gap = num_bytes, gap
+    def __init__(self, num_bytes: int = STAGING_BYTES):
+        self.num_bytes = num_bytes
         self.user: _StagedLanding | None = None
         self._memory: memoryview | None = None
 
@@ -83,21 +80,16 @@ class Staging:
 
 
 class RecordRows:
-    """Slots shaped like records: slot s is `memory[s * stride :][: stride]`, one contiguous span per unit.
+    """Slots shaped like records: slot s is `memory[s * stride :][: stride]`, one contiguous span per unit."""
 
-    `scratch` is a slot for records that lie between wanted ones and are read with them: without it none are.
-    """
-
-    def __init__(self, record: Record, memory: memoryview, staging: Staging, scratch: int | None = None):
-        self.record, self.memory, self._staging, self._scratch = record, memory, staging, scratch
+    def __init__(self, record: Record, memory: memoryview, staging: Staging):
+        self.record, self.memory, self._staging = record, memory, staging
         self._rows = np.frombuffer(memory, np.uint8).reshape(-1, record.stride)
 
     def land(self, reader: Reader, file: File, positions: np.ndarray, slots: np.ndarray) -> Landing:
         """Start reading the records at `positions` (ascending) into `slots`; both int64 [n]."""
         if file.direct and not self.record.aligned:
             return _StagedLanding(reader, file, self.record, self._staging, positions, slots, self._place)
-        if self._scratch is not None:
-            positions, slots = _with_gaps(positions, slots, self._staging.gap // self.record.stride, self._scratch)
         return reader.submit(file, _spans(self.record, positions, slots), self.memory)
 
     def _place(self, source: np.ndarray, starts: np.ndarray, slots: np.ndarray) -> None:
@@ -162,20 +154,6 @@ def copy_rows(
         dest[slot : slot + num_bytes] = source[row : row + num_bytes]
 
 
-def _with_gaps(positions: np.ndarray, slots: np.ndarray, gap: int, scratch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same with the records of gaps of at most `gap` between them, which all land in slot `scratch`."""
-    step = np.diff(positions)
-    at = np.flatnonzero((step > 1) & (step <= gap + 1))
-    if len(at) == 0:
-        return positions, slots
-    count = step[at] - 1
-    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    extra = np.repeat(positions[at] + 1, count) + within
-    every = np.concatenate((positions, extra))
-    order = np.argsort(every, kind="stable")
-    return every[order], np.concatenate((slots, np.full(len(extra), scratch)))[order]
-
-
 def _spans(record: Record, positions: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """Reads that bring records to slots of their shape, uint64 [n, 3].
 
@@ -211,7 +189,7 @@ class _StagedLanding:
         place: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
     ):
         self._reader, self._file, self._staging, self._slots, self._place = reader, file, staging, slots, place
-        self._rounds = _extents(record, positions, staging.num_bytes, BLOCK_BYTES if file.direct else 1, staging.gap)
+        self._rounds = _extents(record, positions, staging.num_bytes, BLOCK_BYTES if file.direct else 1)
         self._first: Landing | None = None
         self._error: OSError | None = None
         if self._rounds and staging.user is None:
@@ -245,28 +223,25 @@ class _StagedLanding:
                 self._staging.user = None
 
 
-def _extents(
-    record: Record, positions: np.ndarray, capacity: int, block: int, gap: int = 0
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def _extents(record: Record, positions: np.ndarray, capacity: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Reads of whole blocks that cover the records at `positions` (ascending), in rounds of at most `capacity` bytes.
 
     A round is its spans, uint64 [n, 3], packed into the buffer, and where each of its records then begins, int64.
-    Records that share or neighbour a block, or lie no more than `gap` bytes apart, share an extent.
+    Records that share or neighbour a block share an extent.
     """
     begin = HEADER_BYTES + positions * record.stride
     low = begin // block * block
     high = -(-(begin + record.num_bytes) // block) * block
     if len(positions) and int((high - low).max()) > capacity:
         raise ValueError(f"records of {record.num_bytes} bytes do not fit a staging buffer of {capacity} bytes")
-    before = np.concatenate(([-gap - 1], high[:-1]))
-    added = np.cumsum(high - np.where(low <= before + gap, before, low))
+    added = np.cumsum(high - np.maximum(low, np.concatenate(([0], high[:-1]))))
     rounds, start = [], 0
     while start < len(positions):
         # A round that begins inside a shared block reads that block again, hence the one block kept in hand.
         done = int(added[start - 1]) if start else 0
         stop = max(start + 1, int(np.searchsorted(added, done + capacity - block, "right")))
         lo, hi, at = low[start:stop], high[start:stop], begin[start:stop]
-        first = np.flatnonzero(np.concatenate(([True], lo[1:] > hi[:-1] + gap)))
+        first = np.flatnonzero(np.concatenate(([True], lo[1:] > hi[:-1])))
         length = hi[np.append(first[1:], len(lo)) - 1] - lo[first]
         offset = np.cumsum(length) - length
         extent = np.repeat(np.arange(len(first)), np.diff(first, append=len(lo)))

@@ -30,9 +30,7 @@ def test_units_missed_together_come_to_lie_together():
     missed = groups()
     order = order_of(missed[:200])
     assert sorted(order) == list(range(120))
-    before, after = reads_of(missed[200:], 0), reads_of(missed[200:][:, order], 0)
-    assert after[1] == before[1]  # the same units
-    assert after[0] < 0.4 * before[0]
+    assert reads_of(missed[200:][:, order]) < 0.4 * reads_of(missed[200:])
 
 
 @pytest.mark.parametrize("missed", [np.zeros((5, 40), bool), np.ones((5, 40), bool), np.eye(40, dtype=bool)])
@@ -43,9 +41,7 @@ def test_any_trace_gives_a_permutation(missed):
 def test_reads_are_counted_by_hand():
     row = np.zeros((1, 20), bool)
     row[0, [1, 2, 5, 9, 10]] = True
-    assert reads_of(row, 0) == (3, 5)
-    assert reads_of(row, 2) == (2, 7)
-    assert reads_of(row, 3) == (1, 10)
+    assert reads_of(np.concatenate((row, row & False))) == 1.5
 
 
 @pytest.mark.parametrize("bits", [None, 4])

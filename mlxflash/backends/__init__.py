@@ -175,9 +175,9 @@ class Backend(Protocol):
     def available_memory(self) -> int | None:
         """Bytes of its own memory that a discrete device has free; None where it uses the host's or cannot say."""
 
-    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
+    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
         """Where units land on their way to a window's rows, and to each of a stream's two blocks: what `rows` wants as
-        its third argument. Of staged records, `gap` bytes between two are cheaper read than stepped over."""
+        its third argument."""
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype: ...
 
@@ -228,9 +228,9 @@ class Matrix:
         return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
 
 
-def stagings(plan: Plan, gap: int) -> list[Staging]:
+def stagings(plan: Plan) -> list[Staging]:
     """`Backend.landings` where the device uses the host's memory."""
-    return [Staging(plan.staging_bytes, gap) for _ in range(3)]
+    return [Staging(plan.staging_bytes) for _ in range(3)]
 
 
 NO_CUDA = "this MLX was built without it: pip uninstall -y mlx-cpu; pip install 'mlxflash[cuda13]' (or cuda12)"

@@ -18,7 +18,7 @@ from mlxflash.backends.attention import replace_attention
 from mlxflash.backends.experts import MLXExperts, NativeExperts
 from mlxflash.bundle import Manifest
 from mlxflash.plan import Plan
-from mlxflash.pool import MOST_SCRATCH_BYTES, Landing, RecordRows, Source, Staging, host_memory
+from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
 from mlxflash.resident import MLX, HostArray, Tensor, read_host
 
@@ -40,8 +40,8 @@ class CPUBackend:
     def available_memory(self) -> int | None:
         return None
 
-    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
-        return stagings(plan, gap)
+    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
+        return stagings(plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         return mx.float32
@@ -57,7 +57,7 @@ class CPUBackend:
         return ffn.record.stride + 4 * sum(p.offset is None for p in ffn.record.parts)
 
     def layer_bytes(self, ffn: FFN) -> int:
-        return ffn.record.stride if ffn.record.stride <= MOST_SCRATCH_BYTES else 0
+        return 0
 
     def operand(self, x: mx.array) -> np.ndarray:
         return _host(x)
@@ -186,9 +186,7 @@ class NativeRows:
         self.capacity = capacity
         self._ffn = ffn
         stride = ffn.record.stride
-        scratch = stride <= min(MOST_SCRATCH_BYTES, staging.gap)
-        memory = host_memory((capacity + scratch) * stride)
-        self._memory = RecordRows(ffn.record, memory, staging, capacity if scratch else None)
+        self._memory = RecordRows(ffn.record, host_memory(capacity * stride), staging)
         self._resident = {p.name: np.zeros(capacity, np.float32) for p in ffn.record.parts if p.offset is None}
         names = [p.name for p in ffn.record.parts if p.offset is not None]
         self._call: dict[str, Any] = {name: ffn.record[name].offset for name in names}

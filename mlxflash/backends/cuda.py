@@ -53,10 +53,10 @@ class DeviceBackend(MLXBackend):
         free = mx.device_info(mx.gpu).get("free_memory")
         return None if free is None else int(free)
 
-    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
+    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
         """Doors to one host tier."""
         record = ffn.record
-        tier = HostTier(record, max(CHUNKS, plan.host_landing // record.stride), plan.host_tier // record.stride, gap)
+        tier = HostTier(record, max(CHUNKS, plan.host_landing // record.stride), plan.host_tier // record.stride)
         if self.bus is not None:
             self.bus.lock(tier.rows.memory, tier)  # where that fails, its rows go the plain way
         return [Door(tier, takes=True), Door(tier, takes=False), Door(tier, takes=False)]

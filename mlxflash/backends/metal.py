@@ -95,8 +95,8 @@ class MLXBackend:
     def available_memory(self) -> int | None:
         return None
 
-    def landings(self, ffn: FFN, plan: Plan, gap: int) -> list[Any]:
-        return stagings(plan, gap)
+    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
+        return stagings(plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         """The weights' dtype; on the CPU float32 beside quantised weights, whose half-precision kernels crawl."""
