@@ -26,7 +26,9 @@ from mlxflash.plan import Plan
 
 MATRIX_BYTES, COLUMNS = 64 << 20, 4096  # of the matrix a rate is measured with: larger than caches
 LEAST_SECONDS, REPEATS = 0.02, 3  # per kind
-LAYER_STEPS = 24  # of the time one small operation takes to be asked for and answered, in a layer; fitted (RESULTS.md)
+# What is not bytes, in times that one small operation takes to be asked for and answered; fitted (RESULTS.md): in every
+# layer, for predicting and upkeep where a layer streams, and per token for the head, the sampler and the loop.
+LAYER_STEPS, STREAM_STEPS, TOKEN_STEPS = 24, 12, 55
 BESIDE = 1.15  # how much longer reads take while the processor computes, measured (RESULTS.md)
 
 
@@ -133,9 +135,11 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
     """A decoded token of this plan. `disk` None: nothing is read, whatever is missed."""
     layers, rate = len(plan.capacities), machine.rates[work.kind]
     own = work.resident / layers / rate + plan.predictor / layers / machine.rates[work.predictor_kind]
-    own += work.kv / layers / machine.rates["float32"] + LAYER_STEPS * machine.step
+    steps = LAYER_STEPS + (0 if plan.whole else STREAM_STEPS)
+    own += work.kv / layers / machine.rates["float32"] + steps * machine.step
     extent = work.stride if work.stride % BLOCK_BYTES == 0 else work.stride + BLOCK_BYTES
-    seconds = compute = reads = 0.0
+    seconds = compute = TOKEN_STEPS * machine.step
+    reads = 0.0
     cores = os.cpu_count() or 1
     for held, missed in zip(plan.capacities, work.misses, strict=True):
         rows, new = held * work.slot / rate, missed * work.slot / rate

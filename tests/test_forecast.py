@@ -10,7 +10,16 @@ import pytest
 from build import UNTIED
 from mlxflash import forecast as forecasts
 from mlxflash.backends import make_backend
-from mlxflash.forecast import BESIDE, LAYER_STEPS, MachineProfile, Work, forecast, machine_profile
+from mlxflash.forecast import (
+    BESIDE,
+    LAYER_STEPS,
+    STREAM_STEPS,
+    TOKEN_STEPS,
+    MachineProfile,
+    Work,
+    forecast,
+    machine_profile,
+)
 from mlxflash.model import load_bundle
 from mlxflash.plan import BudgetError, make_plan
 from test_diskprofile import made
@@ -28,7 +37,12 @@ def seconds(disk=None, **changes):
 
 
 def test_what_is_held_takes_its_bytes_over_its_rate():
-    own = WORK.resident / 40e9 + PLAN.predictor / 20e9 + WORK.kv / 50e9 + 32 * LAYER_STEPS * 5e-5
+    own = (
+        WORK.resident / 40e9
+        + PLAN.predictor / 20e9
+        + WORK.kv / 50e9
+        + (TOKEN_STEPS + 32 * (LAYER_STEPS + STREAM_STEPS)) * 5e-5
+    )
     rows = sum(PLAN.capacities) * 16384 / 40e9
     assert seconds(misses=(0.0,) * 32) == pytest.approx(own + rows)
 
