@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlxflash.misses import MissCurve
 
+ROOM = 1.25  # slots for what a token wants, beside the mean of it
 MIN_SLOTS = 8  # rows a layer needs at least: a token that needs more goes through in turns
 LAYER_OBJECTS = 150_000  # bytes of Python and MLX objects that a layer takes beside its weights, measured
 PREFILL_TOKENS = (512, 256, 128, 64, 32, 16)
@@ -248,10 +249,18 @@ def split_slots(
 ) -> tuple[int, ...]:
     """`slots` shared out to layers of `units`: by miss curves where there are any, else evenly; to each the `least`.
 
-    Slots go where each saves most misses, along the lower convex hull of every layer's curve.
+    A layer too small for what a token wants takes it in turns, each a wait of its own: so up to half of the slots make
+    room for a token, in the layers that want least first. All others go where each saves most misses, along the lower
+    convex hull of every layer's curve.
     """
     capacities = [min(least, n) for n in units]
     left = slots - sum(capacities)
+    room = slots // 2
+    for want, layer in sorted((int(ROOM * c.misses[0]), layer) for layer, c in enumerate(curves or ())):
+        more = min(want, units[layer]) - capacities[layer]
+        if 0 < more <= room - sum(capacities):
+            capacities[layer] += more
+            left -= more
     steps = [(saved, layer, until) for layer, n in enumerate(units) for saved, until in _steps(curves, layer, n)]
     for _, group in groupby(sorted(steps, key=itemgetter(0), reverse=True), key=itemgetter(0)):
         wanted = {layer: until - capacities[layer] for _, layer, until in group if until > capacities[layer]}

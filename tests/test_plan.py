@@ -16,7 +16,18 @@ import pytest
 from build import Shape, load, prompt_of
 from mlxflash.misses import MissCurve
 from mlxflash.model import load_bundle
-from mlxflash.plan import MIN_SLOTS, RUNTIME_BYTES, BudgetError, Plan, Sizes, format_bytes, make_plan, parse_memory
+from mlxflash.plan import (
+    MIN_SLOTS,
+    ROOM,
+    RUNTIME_BYTES,
+    BudgetError,
+    Plan,
+    Sizes,
+    format_bytes,
+    make_plan,
+    parse_memory,
+    split_slots,
+)
 from test_exactness import assert_exact
 
 KB, MB, GB = 1000, 1000**2, 1000**3
@@ -152,7 +163,7 @@ def missed(curves, capacities):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_other_split_of_the_slots_misses_less(seed):
-    """Beside a thousand random splits, for random curves that are convex from corner to corner."""
+    """Beside a thousand random splits that leave a token room everywhere, for random convex curves."""
     rng = np.random.default_rng(seed)
     units, wanted = (16384,) * 6, rng.uniform(10, 3000, 6)
     shares = (0.0, *np.sort(rng.uniform(0.02, 0.9, 4)), 1.0)
@@ -166,10 +177,18 @@ def test_no_other_split_of_the_slots_misses_less(seed):
     total = sum(plan.capacities)
     assert MIN_SLOTS * 6 < total < sum(units)
     ours = missed(curves, plan.capacities)
+    floor = (ROOM * wanted).astype(int)
+    assert (np.array(plan.capacities) >= floor).all()
     for _ in range(1000):
-        split = MIN_SLOTS + (total - MIN_SLOTS * 6) * rng.dirichlet(np.ones(6))
+        split = floor + (total - floor.sum()) * rng.dirichlet(np.ones(6))
         if (split <= 16384).all():
             assert ours <= missed(curves, split) + 1e-3 * sum(wanted)
+
+
+def test_a_token_fits_into_the_small_layers_before_the_large_ones_get_more():
+    curves = curves_of((2048,) * 3, (40.0, 100.0, 900.0))
+    assert split_slots((2048,) * 3, curves, 400) == (50, 125, 225)
+    assert split_slots((2048,) * 3, curves, 60)[0] < 40  # half of them would not do
 
 
 def test_layers_without_curves_share_evenly():
