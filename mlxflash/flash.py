@@ -95,9 +95,10 @@ class Flash:
         predictor: str,
         level: Level | None = None,
         forecast: Forecast | None = None,
+        choice: str = "",
     ):
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
-        self.predictor, self.level, self.forecast = predictor, level, forecast
+        self.predictor, self.level, self.forecast, self.choice = predictor, level, forecast, choice
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
         self.stagings: list[Any] = []  # where units land on their way; each has `reset`
@@ -111,7 +112,7 @@ class Flash:
         direct = "direct" if self.files and self.files[0].direct else "buffered"
         carries = f" by {self.backend.carries}" if self.backend.discrete else ""
         said = f"{self.plan.describe()}\n  on {self.backend.name}{carries}, {direct} reads by {self.reader.engine}"
-        return f"{said}\n{self.forecast.describe()}" if self.forecast else said
+        return "\n".join([said, *([self.forecast.describe()] if self.forecast else []), *filter(None, [self.choice])])
 
     def explain(self, error: RuntimeError) -> Exception:
         """MLX's error, or where a device has no memory left the budget that would fit."""

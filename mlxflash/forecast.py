@@ -27,8 +27,8 @@ from mlxflash.plan import Plan
 MATRIX_BYTES, COLUMNS = 64 << 20, 4096  # of the matrix a rate is measured with: larger than caches
 LEAST_SECONDS, REPEATS = 0.02, 3  # per kind
 # What is not bytes, in times that one small operation takes to be asked for and answered; fitted (RESULTS.md): in every
-# layer, for predicting and upkeep where a layer streams, and per token for the head, the sampler and the loop.
-LAYER_STEPS, STREAM_STEPS, TOKEN_STEPS = 24, 12, 55
+# layer, for predicting and upkeep where a layer streams, for looking ahead, and per token for head, sampler and loop.
+LAYER_STEPS, STREAM_STEPS, AHEAD_STEPS, TOKEN_STEPS = 24, 12, 14, 55
 BESIDE = 1.15  # how much longer reads take while the processor computes, measured (RESULTS.md)
 
 
@@ -136,6 +136,9 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
     layers, rate = len(plan.capacities), machine.rates[work.kind]
     own = work.resident / layers / rate + plan.predictor / layers / machine.rates[work.predictor_kind]
     steps = LAYER_STEPS + (0 if plan.whole else STREAM_STEPS)
+    if work.recall:  # the next layer's predictor runs in this one too
+        own += plan.predictor / layers / machine.rates[work.predictor_kind]
+        steps += AHEAD_STEPS
     own += work.kv / layers / machine.rates["float32"] + steps * machine.step
     extent = work.stride if work.stride % BLOCK_BYTES == 0 else work.stride + BLOCK_BYTES
     seconds = compute = TOKEN_STEPS * machine.step

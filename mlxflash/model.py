@@ -4,7 +4,9 @@ The model class comes from the family table, its FFNs are replaced by FlashFFN b
 else is resident. `model.flash` holds what the streaming needs and tells what it did.
 """
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -38,7 +40,17 @@ from mlxflash.models import (
     quantization_of,
     settings,
 )
-from mlxflash.plan import AUTO_SHARE, LAYER_OBJECTS, MIN_SLOTS, Plan, Sizes, available_memory, make_plan, parse_memory
+from mlxflash.plan import (
+    AUTO_SHARE,
+    LAYER_OBJECTS,
+    MIN_SLOTS,
+    BudgetError,
+    Plan,
+    Sizes,
+    available_memory,
+    make_plan,
+    parse_memory,
+)
 from mlxflash.pool import Source
 from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
@@ -72,8 +84,9 @@ def load_bundle(
 
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
     hold it whole, within what is available); the device's own memory on cuda. host_memory: what of the host's memory
-    keeps what such a device gives up (None: nothing). predictor: "low-bit" (default), "low-rank" (trained), "all"
-    (exact), "oracle" (needs the deciding matrices in memory; a bound), or predictors of your own, one per layer.
+    keeps what such a device gives up (None: nothing).
+    predictor: "low-bit", "low-rank" (trained), "all" (exact), "oracle" (needs the deciding matrices in memory; a
+    bound), or predictors of your own, one per layer. None: low-bit, or low-rank where its forecast is the shorter one.
     window: drop units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory
     is wanted).
     max_kv_size: tokens of key-value cache to plan for. fidelity: "high" (default), "balanced" or "fast", how far the
@@ -119,6 +132,7 @@ def load_bundle(
         bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
+    free = predictor is None and margin is None  # to choose between what the bundle has
     if own is not None:
         predictor = "own"
     elif predictor is None:
@@ -137,23 +151,34 @@ def load_bundle(
     found = tensors(bundle)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
-    wanted = look_ahead
-    if look_ahead is None:
-        look_ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
     if look_ahead and predictor == "low-rank":
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
-    if look_ahead:
-        own_bytes += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead"))
-    sizes = _sizes(bundle, config, found, backend, ffn, str(predictor), own_bytes, level)
-    tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
-    plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
 
-    disk = disk_profile([bundle.layer_path(i) for i in range(bundle.num_layers)]) if direct and not plan.whole else None
-    expected = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, look_ahead)
-    if wanted is None and look_ahead and expected is not None:
-        without = _forecast(bundle, plan, sizes, found, str(predictor), backend, disk, False)
-        if without is not None and without.seconds < expected.seconds:
-            look_ahead, expected = False, without
+    def way(predictor: str, level: Level | None) -> Way:
+        ahead = look_ahead
+        if ahead is None:
+            ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
+        more = sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
+        sizes = _sizes(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
+        tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
+        plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
+        layers = [bundle.layer_path(i) for i in range(bundle.num_layers)]
+        disk = disk_profile(layers) if direct and not plan.whole else None
+        expected = _forecast(bundle, plan, sizes, found, predictor, backend, disk, ahead)
+        if look_ahead is None and ahead and expected is not None:
+            without = _forecast(bundle, plan, sizes, found, predictor, backend, disk, False)
+            if without is not None and without.seconds < expected.seconds:
+                ahead, expected = False, without
+        return Way(predictor, level, ahead, plan, disk, expected)
+
+    chosen = way(str(predictor), level)
+    other = level_of(bundle, "low-rank", fidelity or DEFAULT) if free and predictor == "low-bit" else None
+    said = ""
+    if other is not None and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
+        with contextlib.suppress(BudgetError):
+            chosen, said = _faster(chosen, way("low-rank", other))
+    predictor, level, look_ahead, plan = chosen.predictor, chosen.level, chosen.look_ahead, chosen.plan
+    disk = chosen.disk
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     streamed = ffn_layers(model, family)
@@ -166,7 +191,7 @@ def load_bundle(
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
         reader = CheckedReader(reader, manifest.record, sums)
-    flash = Flash(bundle, plan, reader, backend, mode, name, level, expected)
+    flash = Flash(bundle, plan, reader, backend, mode, name, level, chosen.expected, said)
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
@@ -214,6 +239,27 @@ def load_bundle(
             raise flash.explain(error) from None
         raise
     return model
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a bundle within its budget."""
+
+    predictor: str
+    level: Level | None
+    look_ahead: bool
+    plan: Plan
+    disk: DiskProfile | None
+    expected: Forecast | None
+
+
+def _faster(one: Way, other: Way) -> tuple[Way, str]:
+    """Of two ways the one with the shorter forecast, and why, for people; the first where nothing tells them apart."""
+    if one.expected is None or other.expected is None or one.plan.whole:
+        return one, ""
+    ways = sorted((one, other), key=lambda w: w.expected.seconds if w.expected else 0.0)
+    words = [f"{w.predictor} {1e3 * w.expected.seconds:.1f} ms" for w in ways if w.expected]
+    return ways[0], f"  predictor: {words[0]} per token, {words[1]}"
 
 
 def _link(layers: list[FlashLayer], bundle: Bundle, backend: Backend, ffn: FFN, cuts: Cuts | None) -> None:

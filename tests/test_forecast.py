@@ -11,16 +11,18 @@ from build import UNTIED
 from mlxflash import forecast as forecasts
 from mlxflash.backends import make_backend
 from mlxflash.forecast import (
+    AHEAD_STEPS,
     BESIDE,
     LAYER_STEPS,
     STREAM_STEPS,
     TOKEN_STEPS,
+    Forecast,
     MachineProfile,
     Work,
     forecast,
     machine_profile,
 )
-from mlxflash.model import load_bundle
+from mlxflash.model import Way, _faster, load_bundle
 from mlxflash.plan import BudgetError, make_plan
 from test_diskprofile import made
 from test_plan import GB, OPT_67B
@@ -58,8 +60,25 @@ def test_reads_hide_behind_held_rows_but_not_behind_what_names_them():
 @pytest.mark.parametrize("overhead", [1e-6, 1e-5, 1e-4])
 def test_looking_ahead_without_error_never_takes_longer(overhead):
     disk = made(overhead=overhead, latency=1e-9)  # where two batches cost what one does
-    times = [seconds(disk, recall=recall) for recall in (0.0, 0.3, 0.6, 1.0)]
+    times = [seconds(disk, recall=recall) for recall in (0.1, 0.3, 0.6, 1.0)]
     assert all(b <= a * 1.01 for a, b in pairwise(times))
+
+
+def test_looking_ahead_costs_a_second_prediction():
+    twice = PLAN.predictor / 20e9 + 32 * AHEAD_STEPS * 5e-5
+    assert seconds(recall=0.5) - seconds() == pytest.approx(twice)
+
+
+def test_of_two_ways_the_shorter_forecast_is_taken_and_said():
+    ways = [
+        Way(name, None, False, PLAN, None, Forecast(s, s, 1.0)) for name, s in (("low-bit", 0.3), ("low-rank", 0.2))
+    ]
+    for one, other in (ways, ways[::-1]):
+        chosen, said = _faster(one, other)
+        assert chosen.predictor == "low-rank"
+        assert said == "  predictor: low-rank 200.0 ms per token, low-bit 300.0 ms"
+    unknown = replace(ways[1], expected=None)
+    assert _faster(ways[0], unknown) == (ways[0], "")
 
 
 def test_fewer_misses_take_less():
