@@ -21,11 +21,12 @@ from mlxflash.fidelity import save_cuts
 from mlxflash.flash import FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
 from mlxflash.misses import SHARES, miss_curve
-from mlxflash.model import STORED, load_bundle
+from mlxflash.model import load_bundle
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, read_low_rank, save_low_bit
 from mlxflash.resident import one_part
 from mlxflash.thinning import find_levels
+from mlxflash.ways import STORED
 
 OWN_SEQUENCES = 8
 Progress = Callable[[str, int, int], None]

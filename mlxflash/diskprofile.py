@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxflash.hub import cache_folder
+from mlxflash.hub import cache_folder, keep
 from mlxflash.pool import host_memory
 from mlxflash.reader import File, make_reader
 
@@ -142,11 +142,7 @@ def _kept_or_measured(reader: Any, paths: list[Path]) -> DiskProfile:
         if kept.shape == (len(SIZES), len(COUNTS)) and np.isfinite(kept).all() and (kept > 0).all() and 0 <= cpu < 1:
             return DiskProfile(tuple(map(tuple, kept.tolist())), cpu)
     profile = DiskProfile.measure(reader, paths)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs two seconds next time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(asdict(profile)))
-        part.replace(file)
+    keep(file, asdict(profile))
     return profile
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from mlxflash.backends import Backend, Matrix
 from mlxflash.bundle import BLOCK_BYTES
 from mlxflash.diskprofile import DiskProfile
-from mlxflash.hub import cache_folder
+from mlxflash.hub import cache_folder, keep
 from mlxflash.plan import Plan
 
 MATRIX_BYTES, COLUMNS = 64 << 20, 4096  # of the matrix a rate is measured with: larger than caches
@@ -59,11 +59,7 @@ def machine_profile(backend: Backend, kinds: set[str]) -> MachineProfile:
         matrix, x = _matrix(kind, backend)
         rates[kind] = matrix.nbytes / _median(partial(_multiply, backend, x, matrix))
     profile = MachineProfile(rates, step)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs as much next time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(asdict(profile)))
-        part.replace(file)
+    keep(file, asdict(profile))
     return profile
 
 

@@ -6,7 +6,6 @@ else is resident. `model.flash` holds what the streaming needs and tells what it
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -18,15 +17,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
-from mlxflash.bundle import HEADER_BYTES, ITEM_BYTES, Bundle, BundleError, Manifest
-from mlxflash.diskprofile import DiskProfile, disk_profile
+from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
+from mlxflash.diskprofile import disk_profile
 from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
 from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, level_of, needs, read_cuts
 from mlxflash.flash import Flash, FlashModel
-from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
-from mlxflash.misses import MissCurve
 from mlxflash.models import (
     Family,
     build_model,
@@ -34,7 +31,6 @@ from mlxflash.models import (
     ffn_layers,
     find,
     graft,
-    kv_values_per_token,
     max_positions,
     quantise,
     quantization_of,
@@ -42,22 +38,19 @@ from mlxflash.models import (
 )
 from mlxflash.plan import (
     AUTO_SHARE,
-    LAYER_OBJECTS,
-    MIN_SLOTS,
     BudgetError,
     Plan,
-    Sizes,
     available_memory,
     make_plan,
     parse_memory,
 )
 from mlxflash.pool import Source
-from mlxflash.predictor import LOW_BITS, MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
+from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
+from mlxflash.ways import STORED, Way, faster, forecast_of, sizes_of
 from mlxflash.window import Window
 
-STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
 PREDICTORS = ("all", "oracle", *STORED)
 DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
@@ -159,14 +152,14 @@ def load_bundle(
         if ahead is None:
             ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
         more = sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
-        sizes = _sizes(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
+        sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
         tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
         plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
         layers = [bundle.layer_path(i) for i in range(bundle.num_layers)]
         disk = disk_profile(layers) if direct and not plan.whole else None
-        expected = _forecast(bundle, plan, sizes, found, predictor, backend, disk, ahead)
+        expected = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, ahead)
         if look_ahead is None and ahead and expected is not None:
-            without = _forecast(bundle, plan, sizes, found, predictor, backend, disk, False)
+            without = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, False)
             if without is not None and without.seconds < expected.seconds:
                 ahead, expected = False, without
         return Way(predictor, level, ahead, plan, disk, expected)
@@ -176,7 +169,7 @@ def load_bundle(
     said = ""
     if other is not None and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
         with contextlib.suppress(BudgetError):
-            chosen, said = _faster(chosen, way("low-rank", other))
+            chosen, said = faster(chosen, way("low-rank", other))
     predictor, level, look_ahead, plan = chosen.predictor, chosen.level, chosen.look_ahead, chosen.plan
     disk = chosen.disk
     mx.set_cache_limit(plan.cache)
@@ -239,27 +232,6 @@ def load_bundle(
             raise flash.explain(error) from None
         raise
     return model
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to run a bundle within its budget."""
-
-    predictor: str
-    level: Level | None
-    look_ahead: bool
-    plan: Plan
-    disk: DiskProfile | None
-    expected: Forecast | None
-
-
-def _faster(one: Way, other: Way) -> tuple[Way, str]:
-    """Of two ways the one with the shorter forecast, and why, for people; the first where nothing tells them apart."""
-    if one.expected is None or other.expected is None or one.plan.whole:
-        return one, ""
-    ways = sorted((one, other), key=lambda w: w.expected.seconds if w.expected else 0.0)
-    words = [f"{w.predictor} {1e3 * w.expected.seconds:.1f} ms" for w in ways if w.expected]
-    return ways[0], f"  predictor: {words[0]} per token, {words[1]}"
 
 
 def _link(layers: list[FlashLayer], bundle: Bundle, backend: Backend, ffn: FFN, cuts: Cuts | None) -> None:
@@ -380,102 +352,3 @@ def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> N
     said = {"gate": (units, hidden, d), "up": (units, hidden, d), "down": (units, d, hidden)}
     if shapes != said or biased != ("up_bias" in manifest.record):
         raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")
-
-
-def _forecast(
-    bundle: Bundle,
-    plan: Plan,
-    sizes: Sizes,
-    found: list[Tensor],
-    predictor: str,
-    backend: Backend,
-    disk: DiskProfile | None,
-    look_ahead: bool,
-) -> Forecast | None:
-    """Of a decoded token; None for experts, where misses were not measured, and where reads may be cached."""
-    manifest = bundle.manifest
-    if manifest.layout == "experts" or (not plan.whole and (disk is None or sizes.curves is None)):
-        return None
-    misses = (0.0,) * len(plan.units)
-    if not plan.whole and sizes.curves is not None:
-        misses = tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
-    kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
-    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8"}.get(predictor, kind)
-    head = any(t.name.startswith("lm_head.") for t in found)
-    idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
-    ahead = manifest.calibration.get("look-ahead") if look_ahead else None
-    recall = ahead["recall"] if ahead else 0.0
-    work = Work(
-        resident=sum(t.num_bytes for t in found if not any(name in t.name for name in idle)),
-        kind=kind,
-        predictor_kind=guessed,
-        slot=sizes.slot,
-        stride=sizes.stride,
-        kv=plan.kv // 2,  # of a context that fills
-        misses=misses,
-        recall=recall,
-        over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
-    )
-    return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32"}), disk)
-
-
-def _curves(manifest: Manifest, predictor: str, level: Level | None) -> tuple[MissCurve, ...] | None:
-    """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
-    said = manifest.calibration.get(predictor if predictor in STORED else "low-bit", {}).get("misses")
-    if level is not None:
-        said = manifest.calibration["fidelity"][predictor]["levels"][level.name]["misses"]
-    if said is None or predictor == "all":
-        return None
-    shares = tuple(said["shares"])
-    return tuple(MissCurve(e.units, shares, tuple(c)) for e, c in zip(manifest.layers, said["layers"], strict=True))
-
-
-def _sizes(
-    bundle: Bundle,
-    config: dict[str, Any],
-    found: list[Tensor],
-    backend: Backend,
-    ffn: FFN,
-    predictor: str,
-    own: int,
-    level: Level | None,
-) -> Sizes:
-    manifest = bundle.manifest
-    item = backend.activation_dtype(manifest).size
-    resident = sum(
-        t.num_bytes // ITEM_BYTES[t.dtype] * max(item, 4 if t.name.startswith("ffn.") else 0)
-        if t.is_small
-        else t.num_bytes
-        for t in found
-    )
-    stored = sum(t.num_bytes for t in found)
-    predictor_bytes = own
-    if predictor in STORED:
-        predictor_bytes += sum(f.stat().st_size for f in bundle.predictor_files(predictor))
-    elif predictor == "oracle":
-        first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
-        predictor_bytes += sum(layer.units for layer in manifest.layers) * first
-    units = tuple(layer.units for layer in manifest.layers)
-    least, token = MIN_SLOTS, 0
-    if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
-        chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
-        least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
-    return Sizes(
-        model=stored + bundle.streamed_bytes(),
-        resident=resident,
-        objects=bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn)),
-        predictor=predictor_bytes,
-        units=units,
-        curves=_curves(manifest, predictor, level),
-        slot=backend.slot_bytes(ffn),
-        stride=manifest.record.stride,
-        kv_token=kv_values_per_token(config) * item,
-        activation_token=16 * manifest.d_model * item,
-        score_token=2 * int(config["num_attention_heads"]) * 4,
-        activation_item=item,
-        vocabulary=int(config["vocab_size"]),
-        staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
-        discrete=backend.discrete,
-        least_slots=least,
-        expert_token=token,
-    )

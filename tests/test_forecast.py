@@ -22,8 +22,9 @@ from mlxflash.forecast import (
     forecast,
     machine_profile,
 )
-from mlxflash.model import Way, _faster, load_bundle
+from mlxflash.model import load_bundle
 from mlxflash.plan import BudgetError, make_plan
+from mlxflash.ways import Way, faster
 from test_diskprofile import made
 from test_plan import GB, OPT_67B
 
@@ -74,11 +75,11 @@ def test_of_two_ways_the_shorter_forecast_is_taken_and_said():
         Way(name, None, False, PLAN, None, Forecast(s, s, 1.0)) for name, s in (("low-bit", 0.3), ("low-rank", 0.2))
     ]
     for one, other in (ways, ways[::-1]):
-        chosen, said = _faster(one, other)
+        chosen, said = faster(one, other)
         assert chosen.predictor == "low-rank"
         assert said == "  predictor: low-rank 200.0 ms per token, low-bit 300.0 ms"
     unknown = replace(ways[1], expected=None)
-    assert _faster(ways[0], unknown) == (ways[0], "")
+    assert faster(ways[0], unknown) == (ways[0], "")
 
 
 def test_fewer_misses_take_less():
