@@ -1,12 +1,10 @@
-"""Model families: which class computes a `model_type`, and how its feed-forward weights are named and laid out.
+"""Model families: config.json to a model, and what else is to be known of it before its weights are read.
 
-Adding a family is one row here (and a model file beside this one where mlx-lm lacks it or would compute it wrongly).
-The feed-forward layers are ours, so the activation is the one that config.json names, whatever the class would compute.
+Adding a family is one row in families.py (and a model file beside it where mlx-lm lacks it or would compute it
+wrongly).
 """
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -14,175 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflash.bundle import MODES
+from mlxflash.models.families import FAMILIES, SWITCHES, Family
 
-WORDS = {  # transformers' names of activations; any other is refused
-    "relu": "relu",
-    "relu2": "relu2",
-    "fatrelu": "fatrelu",  # ProSparse's, with `hidden_act_param` as its threshold
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-FUSED = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`. Parts map to parameter paths relative to the FFN module, as in `{"up": "fc1"}`; parts that
-    share a path lie in it one after the other."""
-
-    module: str  # where Model and ModelArgs are
-    layout: str  # plain | gated | experts
-    parts: Mapping[str, str]
-    ffn: str = (
-        "mlp"  # attribute of a layer that is the FFN; in a mixture the path of the experts, which layers may lack
-    )
-    activation_keys: tuple[str, ...] = ("hidden_act",)  # of config.json; the first that says something
-    activations: Mapping[str, str] = field(default_factory=lambda: WORDS)  # config.json's word -> ours
-    keys: Mapping[str, str] = field(default_factory=dict)  # llama's name of a number -> config.json's
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes where config.json is silent
-    prefixes: Mapping[str, str] = field(default_factory=dict)  # of stored names -> those that `sanitize` expects
-    kv_heads: Callable[[dict[str, Any]], Any] | None = None  # key-value heads, where config.json says it otherwise
-    windowed: bool = False  # the class computes sliding-window attention, or the family has none
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # what config.json may not say otherwise
-    kv_values: Callable[[dict[str, Any]], int] | None = None  # that a token adds to a layer's cache, where not llama's
-
-
-def mlx_lm(name: str) -> str:
-    return f"mlx_lm.models.{name}"
-
-
-def mixture(
-    name: str,
-    ffn: str = "mlp.switch_mlp",
-    activations: Mapping[str, str] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    **other: Any,
-) -> Family:
-    """A family of mlx-lm's whose experts are a SwitchGLU."""
-    defaults = {"hidden_act": "silu", "tie_word_embeddings": False} if defaults is None else defaults
-    activations = activations or {"silu": "silu", "swish": "silu"}
-    return Family(mlx_lm(name), "experts", GATED, ffn, activations=activations, defaults=defaults, **other)
-
-
-WIDENED = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
-UNTIED = {"hidden_act": "silu", "tie_word_embeddings": False}
-FAMILIES = {
-    "opt": Family(
-        module="mlxflash.models.opt",
-        layout="plain",
-        parts={"up": "fc1", "down": "fc2"},
-        activation_keys=("activation_function",),
-        activations={"relu": "relu"},
-        keys={"intermediate_size": "ffn_dim"},
-    ),
-    "llama": Family(mlx_lm("llama"), "gated", GATED, defaults=UNTIED, windowed=True),
-    "sparsellama": Family(mlx_lm("llama"), "gated", GATED, defaults={"tie_word_embeddings": False}, windowed=True),
-    "mistral": Family(mlx_lm("llama"), "gated", GATED, defaults=UNTIED),
-    "bamboo": Family(
-        mlx_lm("llama"), "gated", GATED, activations={"relu": "drelu"}, defaults={"tie_word_embeddings": False}
-    ),
-    "qwen2": Family(mlx_lm("qwen2"), "gated", GATED, defaults=UNTIED),
-    "qwen3": Family(mlx_lm("qwen3"), "gated", GATED, defaults=UNTIED),
-    "olmo2": Family(mlx_lm("olmo2"), "gated", GATED, defaults=UNTIED),
-    "gemma": Family(
-        mlx_lm("gemma"),
-        "gated",
-        GATED,
-        activation_keys=("hidden_activation", "hidden_act"),
-        activations=WORDS | {"gelu": "gelu_tanh"},  # what its first configs meant, and transformers 4 computed
-        defaults={"hidden_act": "gelu_pytorch_tanh"},
-    ),
-    "gemma2": Family(
-        mlx_lm("gemma2"),
-        "gated",
-        GATED,
-        activation_keys=("hidden_activation",),
-        defaults={"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256},
-    ),
-    "gemma3_text": Family(
-        mlx_lm("gemma3_text"),
-        "gated",
-        GATED,
-        activation_keys=("hidden_activation",),
-        keys={"sliding_window_pattern": "_sliding_window_pattern"},
-        defaults={"hidden_activation": "gelu_pytorch_tanh"},
-        windowed=True,
-    ),
-    "granite": Family(mlx_lm("granite"), "gated", GATED, defaults={"hidden_act": "silu"}),
-    "stablelm": Family(mlx_lm("stablelm"), "gated", GATED, defaults={"hidden_act": "silu"}),
-    "minicpm": Family("mlxflash.models.minicpm", "gated", GATED, defaults={"tie_word_embeddings": True}),
-    "falcon": Family(
-        "mlxflash.models.falcon",
-        "plain",
-        WIDENED,
-        activation_keys=("activation",),
-        keys={"hidden_size": "n_embed", "intermediate_size": "ffn_hidden_size"},
-        defaults={"activation": "gelu", "max_position_embeddings": 2048},
-        kv_heads=lambda c: (
-            c.get("num_kv_heads") if c.get("new_decoder_architecture") else 1 if c.get("multi_query", True) else None
-        ),
-    ),
-    "persimmon": Family(
-        "mlxflash.models.persimmon",
-        "plain",
-        WIDENED,
-        defaults={"hidden_act": "relu2", "max_position_embeddings": 16384},
-    ),
-    "nemotron": Family(mlx_lm("nemotron"), "plain", {"up": "up_proj", "down": "down_proj"}),
-    "phi": Family(
-        mlx_lm("phi"),
-        "plain",
-        {"up": "fc1", "down": "fc2"},
-        defaults={"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "max_position_embeddings": 2048},
-    ),
-    "gpt2": Family(
-        mlx_lm("gpt2"),
-        "plain",
-        {"up": "c_fc", "down": "c_proj"},
-        activation_keys=("activation_function",),
-        keys={
-            "hidden_size": "n_embd",
-            "intermediate_size": "n_inner",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions",
-        },
-        defaults={"activation_function": "gelu_new", "n_ctx": 1024},
-        prefixes={"transformer.": ""},
-    ),
-    "gpt_neox": Family(
-        mlx_lm("gpt_neox"), "plain", WIDENED, defaults={"hidden_act": "gelu"}, prefixes={"lm_head.": "embed_out."}
-    ),
-    "starcoder2": Family(mlx_lm("starcoder2"), "plain", {"up": "c_fc", "down": "c_proj"}),
-    "smollm3": Family(mlx_lm("smollm3"), "gated", GATED, defaults={"hidden_act": "silu"}),
-    "seed_oss": Family(mlx_lm("seed_oss"), "gated", GATED, defaults=UNTIED),
-    "cohere": Family(mlx_lm("cohere"), "gated", GATED, defaults={"hidden_act": "silu"}),
-    "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu"}),
-    "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
-    "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
-    "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp"),
-    "qwen2_moe": mixture("qwen2_moe", fixed={"norm_topk_prob": False}),
-    "qwen3_moe": mixture("qwen3_moe"),
-    "olmoe": mixture("olmoe", fixed={"clip_qkv": None}),
-    "granitemoe": mixture("granitemoe", "block_sparse_moe.switch_mlp", defaults={"hidden_act": "silu"}),
-    "gpt_oss": mixture("gpt_oss", "mlp.experts", {"silu": "clamped"}, windowed=True, fixed={"swiglu_limit": 7.0}),
-    "deepseek_v2": mixture(
-        "deepseek_v2",
-        fixed={"norm_topk_prob": False, "scoring_func": "softmax"},
-        kv_values=lambda c: (
-            c["num_attention_heads"] * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
-        ),
-    ),
-    "deepseek_v3": mixture(
-        "deepseek_v3", fixed={"scoring_func": "sigmoid"}, kv_values=lambda c: c["kv_lora_rank"] + c["qk_rope_head_dim"]
-    ),
-}
-SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI"}  # what mlx-lm calls the activations between experts' matrices
+__all__ = ["FAMILIES", "Family"]
 
 
 def settings(config: Any, where: str) -> dict[str, Any]:
