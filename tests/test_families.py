@@ -25,7 +25,7 @@ from mlxflash.api import load_tokenizer  # noqa: E402
 from mlxflash.bundle import Bundle  # noqa: E402
 from mlxflash.calibrate import calibrate, record_inputs  # noqa: E402
 from mlxflash.decode import stream_generate  # noqa: E402
-from mlxflash.models import FAMILIES  # noqa: E402
+from mlxflash.models import FAMILIES, build_model, max_positions  # noqa: E402
 from mlxflash.thinning import Thin  # noqa: E402
 from mlxflash.train import train  # noqa: E402
 
@@ -100,6 +100,9 @@ OTHERWISE = {  # what mlx-lm computes otherwise than transformers: why
     "llama-biased": "SiLU whatever hidden_act says",
     "llama-fatrelu": "SiLU whatever hidden_act says",
     "llama-rope": "reads no rope_parameters",
+    "llama-yarn": "YaRN knows neither truncate nor attention_factor",
+    "phi3-longrope": "LongRoPE by its long factors at every length",
+    "minicpm-longrope": "LongRoPE by its long factors at every length",
     "minicpm": "SiLU whatever hidden_act says; logits of a tied head are not scaled",
     "gemma": "GELU without the tanh",
     "gpt_neox": "GELU with the tanh",
@@ -141,6 +144,12 @@ BAD = {
     "no threshold": (
         lambda c: c.update(hidden_act="fatrelu", hidden_act_param="x"), None, "hidden_act_param 'x' .* no threshold"
     ),
+    "unknown positions": (
+        lambda c: c.update(rope_scaling={"type": "ntk", "factor": 2.0}), None, "rope_scaling 'ntk' .* not supported"
+    ),
+    "no factor": (
+        lambda c: c.update(rope_scaling={"type": "yarn", "factor": "x"}), None, "factor 'x' of rope_scaling .* no pos"
+    ),
     "no heads": (lambda c: c.update(num_key_value_heads=-1), None, "num_key_value_heads in config.json is -1"),
     "missing": (None, lambda w: {k: v for k, v in w.items() if k != GATE}, f"tensor '{GATE}' is missing"),
     "extra": (None, lambda w: w | {GATE + "x": w[GATE]}, f"tensor '{GATE}x' has no place in a llama model"),
@@ -156,6 +165,17 @@ def test_a_checkpoint_that_cannot_be_computed_is_refused(tmp_path, what):
     with pytest.raises(ValueError, match=said):
         convert(source, tmp_path / "made.flash")
     assert not (tmp_path / "made.flash").exists()
+
+
+def test_positions_that_would_be_computed_otherwise_are_refused():
+    """Scaled where the class does not scale; LongRoPE beyond its original length, where all tokens would turn anew."""
+    with pytest.raises(ValueError, match=r"its class ignores rope_scaling 'linear'"):
+        build_model(golden("stablelm")["config"] | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "here")
+    config = golden("phi3-longrope")["config"]
+    assert max_positions(config) == config["original_max_position_embeddings"] < config["max_position_embeddings"]
+    short = {"rope_scaling": config["rope_scaling"] | {"short_factor": [1.0]}}
+    with pytest.raises(ValueError, match="short_factor of rope_scaling has 1 numbers, not 6"):
+        build_model(config | short, "here")
 
 
 def test_a_bundle_whose_config_names_another_activation_is_refused(made, tmp_path):

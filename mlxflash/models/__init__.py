@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflash.bundle import MODES
+from mlxflash.models import rope
 from mlxflash.models.families import FAMILIES, SWITCHES, Family
 
 __all__ = ["FAMILIES", "Family"]
@@ -36,8 +37,8 @@ def settings(config: Any, where: str) -> dict[str, Any]:
         full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
     said = family.kv_heads(full) if family.kv_heads is not None else full.get("num_key_value_heads")
     full["num_key_value_heads"] = said or full.get("num_attention_heads")
-    _spell_out_rope(full)
     _check_numbers(full, family, where)
+    rope.spell_out(full, where)
     for key, value in family.fixed.items():
         if full.get(key, value) != value:
             raise ValueError(f"{where}: {key} {full[key]!r} in config.json is not supported for {kind}; {value!r} is")
@@ -46,21 +47,6 @@ def settings(config: Any, where: str) -> dict[str, Any]:
         if isinstance(window, int) and window > 0:
             full["max_position_embeddings"] = min(full["max_position_embeddings"], window)
     return full
-
-
-def _spell_out_rope(config: dict[str, Any]) -> None:
-    """transformers 5 writes `rope_parameters` where mlx-lm's classes read `rope_theta` and `rope_scaling`."""
-    said = config.get("rope_parameters")
-    if not isinstance(said, dict):
-        return
-    if "full_attention" in said:  # Gemma 3: one for each kind of layer
-        config.setdefault("rope_local_base_freq", said.get("sliding_attention", {}).get("rope_theta", 10000.0))
-        said = said["full_attention"]
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in said:
-            config.setdefault(key, said[key])
-    if said.get("rope_type", "default") != "default":
-        config.setdefault("rope_scaling", said)
 
 
 def family_of(config: Any, where: str) -> tuple[Family, str, float]:
@@ -106,6 +92,7 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
     cls = module.Model if base is None else type(module.Model.__name__, (base, module.Model), {})
     try:
         model: nn.Module = cls(module.ModelArgs.from_dict(full))
+        rope.install(model, full)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, KeyError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None

@@ -53,6 +53,57 @@ CASES = {
             "original_max_position_embeddings": 32,
         },
     },
+    "llama-linear": LLAMA
+    | {"model_type": "llama", "hidden_act": "silu", "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama-dynamic": LLAMA
+    | {"model_type": "llama", "hidden_act": "silu", "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "qwen2-yarn": LLAMA
+    | {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False, "rope_theta": 300.0}
+    | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "llama-yarn": LLAMA
+    | {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rope_theta": 300.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "attention_factor": 1.3,
+            "beta_fast": 3.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+        },
+    },
+    "phi3-longrope": LLAMA
+    | {
+        "model_type": "phi3",
+        "hidden_act": "silu",
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 96,
+        "max_position_embeddings": 384,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+            "long_factor": [1.0, 2.0, 5.0, 9.0, 14.0, 20.0],
+        },
+    },
+    "minicpm-longrope": LLAMA
+    | {
+        "model_type": "minicpm",
+        "hidden_act": "silu",
+        "scale_emb": 3,
+        "scale_depth": 1.2,
+        "dim_model_base": 48,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.6, 2.0, 2.5, 3.0],
+            "long_factor": [1.0, 2.0, 3.0, 5.0, 9.0, 14.0, 20.0, 30.0],
+            "original_max_position_embeddings": 128,
+        },
+    },
     "llama-fatrelu": LLAMA | {"model_type": "llama", "hidden_act": "fatrelu", "hidden_act_param": 0.3},
     "sparsellama": LLAMA | {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.1},
     "mistral": LLAMA | {"model_type": "mistral", "hidden_act": "silu", "sliding_window": 96},
@@ -92,6 +143,35 @@ CASES = {
         "rope_local_base_freq": 500.0,
         "query_pre_attn_scalar": 24,
         "tie_word_embeddings": True,
+    },
+    "gemma3_text-linear": LLAMA
+    | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 2,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 16,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 500.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "tie_word_embeddings": True,
+    },
+    "olmo3": LLAMA
+    | {
+        "model_type": "olmo3",
+        "hidden_act": "silu",
+        "num_hidden_layers": 3,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_theta": 500000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
     },
     "granite": LLAMA
     | {
