@@ -110,7 +110,7 @@ OTHERWISE = {  # what mlx-lm computes otherwise than transformers: why
     "gpt2": "knows no names that begin with transformer",
     "phi": "32 key-value heads where config.json names none",
 }
-LACKING = ("falcon", "persimmon", "sparsellama", "bamboo")
+LACKING = ("falcon", "persimmon", "sparsellama", "bamboo", "arcee")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if golden(c)["config"]["model_type"] not in LACKING])
@@ -139,6 +139,7 @@ def edited(tmp_path, case, edit=lambda config: None, weights=lambda w: w):
 GATE = "model.layers.1.mlp.gate_proj.weight"
 BAD = {
     "unknown family": (lambda c: c.update(model_type="rwkv7"), None, "model_type 'rwkv7' is not supported; supp"),
+    "no family of ours": (lambda c: c.update(model_type="bitnet"), None, "model_type 'bitnet' .*: it rounds a token's"),
     "no activation": (lambda c: c.update(hidden_act=7), None, "hidden_act 7 is not supported for llama"),
     "unknown activation": (lambda c: c.update(hidden_act="mish"), None, "hidden_act 'mish' is not supported for llama"),
     "no threshold": (
@@ -173,6 +174,9 @@ def test_positions_that_would_be_computed_otherwise_are_refused():
         build_model(golden("stablelm")["config"] | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "here")
     config = golden("phi3-longrope")["config"]
     assert max_positions(config) == config["original_max_position_embeddings"] < config["max_position_embeddings"]
+    sliding = {"layer_types": ["full_attention"] * 3}
+    with pytest.raises(ValueError, match="layer_types are not those of sliding_window_pattern 'LG'"):
+        build_model(golden("exaone4")["config"] | sliding, "here")
     short = {"rope_scaling": config["rope_scaling"] | {"short_factor": [1.0]}}
     with pytest.raises(ValueError, match="short_factor of rope_scaling has 1 numbers, not 6"):
         build_model(config | short, "here")

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlxflash.bundle import MODES
 from mlxflash.models import rope
-from mlxflash.models.families import FAMILIES, SWITCHES, Family
+from mlxflash.models.families import FAMILIES, REFUSED, SWITCHES, Family
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -26,6 +26,8 @@ def settings(config: Any, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{where}: config.json is not a JSON object")
     kind = config.get("model_type")
+    if isinstance(kind, str) and kind in REFUSED:
+        raise ValueError(f"{where}: model_type {kind!r} is not supported: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
@@ -91,7 +93,9 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
     module = importlib.import_module(FAMILIES[full["model_type"]].module)
     cls = module.Model if base is None else type(module.Model.__name__, (base, module.Model), {})
     try:
-        model: nn.Module = cls(module.ModelArgs.from_dict(full))
+        args = module.ModelArgs.from_dict(full)
+        _check_pattern(full, args)
+        model: nn.Module = cls(args)
         rope.install(model, full)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, KeyError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
@@ -100,6 +104,19 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
     if FAMILIES[full["model_type"]].layout == "experts":
         _check_mixture(model, full, where)
     return model
+
+
+def _check_pattern(config: dict[str, Any], args: Any) -> None:
+    """That a class which finds its sliding layers by a pattern finds those that config.json lists."""
+    listed = config.get("layer_types")
+    if listed and hasattr(args, "sliding_window_pattern"):
+        pattern = args.sliding_window_pattern
+        if isinstance(pattern, str):
+            whole = [pattern[i % len(pattern)] == "G" for i in range(len(listed))]
+        else:
+            whole = [not pattern or (i + 1) % pattern == 0 for i in range(len(listed))]
+        if whole != [kind == "full_attention" for kind in listed]:
+            raise ValueError(f"layer_types are not those of sliding_window_pattern {pattern!r}")
 
 
 def _check_mixture(model: nn.Module, config: dict[str, Any], where: str) -> None:

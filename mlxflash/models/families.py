@@ -83,6 +83,23 @@ FAMILIES = {
     "qwen3": Family(mlx_lm("qwen3"), "gated", GATED, defaults=UNTIED),
     "olmo2": Family(mlx_lm("olmo2"), "gated", GATED, defaults=UNTIED),
     "olmo3": Family(mlx_lm("olmo3"), "gated", GATED, defaults=UNTIED | {"rope_theta": 500000.0}, windowed=True),
+    "exaone4": Family(
+        mlx_lm("exaone4"),
+        "gated",
+        GATED,
+        defaults=UNTIED | {"sliding_window": None, "sliding_window_pattern": None},
+        windowed=True,
+    ),
+    "helium": Family(mlx_lm("helium"), "gated", GATED, defaults=UNTIED | {"rope_theta": 100000.0}),
+    "internlm3": Family(mlx_lm("internlm3"), "gated", GATED, defaults=UNTIED),
+    "mimo": Family(mlx_lm("mimo"), "gated", GATED, defaults=UNTIED),
+    "hunyuan_v1_dense": Family(mlx_lm("hunyuan_v1_dense"), "gated", GATED, defaults=UNTIED),
+    "arcee": Family(
+        "mlxflash.models.arcee",
+        "plain",
+        {"up": "up_proj", "down": "down_proj"},
+        defaults={"hidden_act": "relu2", "tie_word_embeddings": False},
+    ),
     "gemma": Family(
         mlx_lm("gemma"),
         "gated",
@@ -155,7 +172,21 @@ FAMILIES = {
     "starcoder2": Family(mlx_lm("starcoder2"), "plain", {"up": "c_fc", "down": "c_proj"}),
     "smollm3": Family(mlx_lm("smollm3"), "gated", GATED, defaults={"hidden_act": "silu", "rope_theta": 2000000.0}),
     "seed_oss": Family(mlx_lm("seed_oss"), "gated", GATED, defaults=UNTIED),
-    "cohere": Family(mlx_lm("cohere"), "gated", GATED, defaults={"hidden_act": "silu", "rope_theta": 500000.0}),
+    "cohere": Family(
+        mlx_lm("cohere"),
+        "gated",
+        GATED,
+        defaults={"hidden_act": "silu", "rope_theta": 500000.0},
+        fixed={"tie_word_embeddings": True},
+    ),
+    "cohere2": Family(
+        mlx_lm("cohere2"),
+        "gated",
+        GATED,
+        defaults={"hidden_act": "silu", "rope_theta": 10000.0},
+        windowed=True,
+        fixed={"tie_word_embeddings": True},
+    ),
     "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu", "rope_theta": 500000.0}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
@@ -175,5 +206,11 @@ FAMILIES = {
     "deepseek_v3": mixture(
         "deepseek_v3", fixed={"scoring_func": "sigmoid"}, kv_values=lambda c: c["kv_lora_rank"] + c["qk_rope_head_dim"]
     ),
+}
+REFUSED = {  # families that could be thought to be here: why they are not
+    "apertus": "its activation xIELU has learned numbers in every layer",
+    "bitnet": "it rounds a token's activations by the largest of all units, so none can be computed before all are",
+    "glm": "mlx-lm turns whole heads by position, GLM half of each",
+    "phimoe": "mlx-lm's logits are not transformers'",
 }
 SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI"}  # what mlx-lm calls the activations between experts' matrices

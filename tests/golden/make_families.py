@@ -237,6 +237,38 @@ CASES = {
     | {"model_type": "cohere", "hidden_act": "silu", "logit_scale": 0.5, "layer_norm_eps": 1e-5, "use_qk_norm": True}
     | {"pad_token_id": 0, "tie_word_embeddings": True},
     "ernie4_5": LLAMA | {"model_type": "ernie4_5", "hidden_act": "silu", "use_bias": True, "head_dim": 16},
+    "exaone4": LLAMA
+    | {"model_type": "exaone4", "hidden_act": "silu", "head_dim": 16, "num_hidden_layers": 3}
+    | {"sliding_window": 16, "sliding_window_pattern": "LG", "tie_word_embeddings": True}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    | {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "exaone4-full": LLAMA
+    | {"model_type": "exaone4", "hidden_act": "silu", "head_dim": 16, "sliding_window": None}
+    | {"sliding_window_pattern": None, "layer_types": ["full_attention", "full_attention"]}
+    | {"rope_scaling": None},
+    "helium": LLAMA
+    | {"model_type": "helium", "hidden_act": "silu", "head_dim": 16, "attention_bias": False, "mlp_bias": False},
+    "internlm3": LLAMA
+    | {"model_type": "internlm3", "hidden_act": "silu", "head_dim": 16, "bias": False, "qkv_bias": False}
+    | {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
+    "mimo": LLAMA | {"model_type": "mimo", "hidden_act": "silu", "use_sliding_window": False},
+    "hunyuan_v1_dense": LLAMA
+    | {"model_type": "hunyuan_v1_dense", "hidden_act": "silu", "head_dim": 16, "use_qk_norm": True}
+    | {"rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "type": "dynamic"}}
+    | {"tie_word_embeddings": True},
+    "cohere2": LLAMA
+    | {"model_type": "cohere2", "hidden_act": "silu", "head_dim": 16, "logit_scale": 0.5, "layer_norm_eps": 1e-5}
+    | {"num_hidden_layers": 4, "sliding_window": 16, "sliding_window_pattern": 2, "tie_word_embeddings": True}
+    | {"pad_token_id": 0},
+    "arcee": LLAMA | {"model_type": "arcee", "hidden_act": "relu2", "head_dim": 16},
     "starcoder2": LLAMA
     | {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": 100}
     | {"tie_word_embeddings": True},
@@ -245,6 +277,7 @@ STAND_INS = {
     "sparsellama": "llama",
     "bamboo": "mistral",
     "minicpm": "granite",
+    "mimo": "qwen2",
 }  # whose own code lies beside their weights on the hub
 
 
