@@ -43,6 +43,8 @@ class Checkpoint:
             raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
         self.files = _files(path)
         self._check_files()
+        if self.config.get("predictor_size"):
+            self.family, self.activation, self.threshold = family_of(self.config, str(path))
         self._unfit = build_model(self.config, str(path))  # its `sanitize` may change the model, and is called again
         self._model, self._lazy, self._origins = self._fit()
         self.shapes = {name: tuple(array.shape) for name, array in self._lazy.items()}
@@ -56,8 +58,10 @@ class Checkpoint:
                 if file.suffix == ".bin":
                     tensors(file)
                 else:
-                    with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
-                        pass
+                    with safe_open(file, "numpy") as f:  # checks the header and every offset against the file's size
+                        own = [name for name in f.keys() if name.endswith(".mlp.predictor.fc1.weight")]  # noqa: SIM118
+                        if own:  # TurboSparse's config.json does not say that it has them
+                            self.config["predictor_size"] = f.get_slice(own[0]).get_shape()[0]
             except TorchFileError as error:
                 raise CheckpointError(f"{file}: {error}") from None
             except (SafetensorError, OSError) as error:

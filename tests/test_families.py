@@ -65,10 +65,11 @@ def test_every_row_of_the_table_has_a_golden():
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_logits_and_tokens(made, case, backend):
     want = golden(case)
-    sparse = Bundle.open(made(case)).manifest.sparse
-    with load(made(case), backend, "least", "oracle" if sparse else None) as model:
+    manifest = Bundle.open(made(case)).manifest
+    how = "oracle" if manifest.sparse else "router" if manifest.routed else "streaming"
+    with load(made(case), backend, "least", "oracle" if manifest.sparse else None) as model:
         assert not model.flash.plan.whole
-        assert model.flash.mode == ("exact (oracle)" if sparse else "exact (streaming)")
+        assert model.flash.mode == f"exact ({how})"
         logits, said = decode(model, want["tokens"], len(want["greedy"]))
         assert model.flash.snapshot().num_bytes > 0
     assert said == want["greedy"].tolist()
@@ -200,6 +201,38 @@ def test_what_is_never_zero_is_never_left_out(made, predictor):
             measure(Bundle.open(made("llama")), [np.arange(40)] * 8)
     assert Bundle.open(made("llama")).predictors() == []
     assert Bundle.open(made("llama-relu")).predictors() == ["low-bit"]
+
+
+@pytest.mark.parametrize("backend", ["native", "parts-alias", "records-copy", "discrete"])
+@pytest.mark.parametrize("budget", ["least", "part", "room", "whole"])
+def test_what_a_model_s_own_predictor_leaves_out_is_never_computed_nor_read(made, backend, budget):
+    """Prompts in any pieces, through the window and in blocks: units held for other tokens do not count here."""
+    path = made("turbosparse")
+    tokens = np.random.default_rng(5).integers(3, 96, 120).tolist()
+    want = np.array(families.dense_model(path)(mx.array([tokens]))[0])
+    with load(path, backend, budget, None) as model:
+        for pieces in ([120], [1, 2, 70, 1, 46], [64, 56]):
+            model.flash.forget()
+            cache, got, first = make_prompt_cache(model), [], 0
+            for n in pieces:
+                got.append(np.array(model(mx.array([tokens[first : first + n]]), cache=cache)[0]))
+                first += n
+            assert_same_logits(np.concatenate(got), want, TOLERANCE[mx.float32])
+        if budget == "least":
+            before = model.flash.snapshot().num_bytes
+            decode(model, tokens[:16])
+            read = (model.flash.snapshot().num_bytes - before) / 16
+            assert 0 < read < 0.75 * Bundle.open(path).streamed_bytes()
+
+
+def test_a_predictor_that_is_the_model_s_own_stands_for_all_others(made):
+    for predictor in ("oracle", "low-bit"):
+        with pytest.raises(ValueError, match="the model's own predictor says which units a token needs; it is exact"):
+            load(made("turbosparse"), "native", "least", predictor)
+    for measure in (calibrate, train):
+        with pytest.raises(ValueError, match="the model's own predictor says which units"):
+            measure(Bundle.open(made("turbosparse")), [np.arange(40)] * 8)
+    assert Bundle.open(made("turbosparse")).predictors() == []
 
 
 @pytest.mark.parametrize("case", ["llama-fatrelu", "bamboo"])

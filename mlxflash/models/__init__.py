@@ -66,6 +66,8 @@ def family_of(config: Any, where: str) -> tuple[Family, str, float]:
             f"{where}: {key} {word!r} is not supported for {kind}; supported: {', '.join(sorted(family.activations))}"
         )
     activation, threshold = family.activations[word], 0.0
+    if full.get("predictor_size"):
+        activation = f"routed {activation}"
     if activation == "fatrelu":
         threshold = full.get("hidden_act_param", 0.0)
         if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold < 1e6:

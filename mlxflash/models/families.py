@@ -77,7 +77,11 @@ FAMILIES = {
     "sparsellama": Family(mlx_lm("llama"), "gated", GATED, defaults={"tie_word_embeddings": False}, windowed=True),
     "mistral": Family(mlx_lm("llama"), "gated", GATED, defaults=UNTIED),
     "bamboo": Family(
-        mlx_lm("llama"), "gated", GATED, activations={"relu": "drelu"}, defaults={"tie_word_embeddings": False}
+        "mlxflash.models.bamboo",
+        "gated",
+        GATED,
+        activations={"relu": "drelu"},
+        defaults={"tie_word_embeddings": False, "predictor_size": 0},
     ),
     "qwen2": Family(mlx_lm("qwen2"), "gated", GATED, defaults=UNTIED),
     "qwen3": Family(mlx_lm("qwen3"), "gated", GATED, defaults=UNTIED),

@@ -108,6 +108,7 @@ CASES = {
     "sparsellama": LLAMA | {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.1},
     "mistral": LLAMA | {"model_type": "mistral", "hidden_act": "silu", "sliding_window": 96},
     "bamboo": LLAMA | {"model_type": "bamboo", "hidden_act": "relu", "sliding_window": None},
+    "turbosparse": LLAMA | {"model_type": "bamboo", "hidden_act": "relu", "sliding_window": 96},
     "qwen2": LLAMA | {"model_type": "qwen2", "hidden_act": "silu", "sliding_window": 32, "use_sliding_window": False},
     "qwen3": LLAMA | {"model_type": "qwen3", "hidden_act": "silu", "head_dim": 24, "tie_word_embeddings": True},
     "olmo2": LLAMA | {"model_type": "olmo2", "hidden_act": "silu"},
@@ -311,6 +312,20 @@ def build(case, config):
 
         for layer in model.model.layers:
             layer.mlp.forward = drelu.__get__(layer.mlp)
+    if case == "turbosparse":  # its own predictor's units alone, from the residual before its norm; the hub's code
+
+        def routed(mlp, x):
+            wanted = mlp.predictor.fc2(torch.relu(mlp.predictor.fc1(mlp.before))).sigmoid().round()
+            return mlp.down_proj(wanted * torch.relu(mlp.gate_proj(x)) * torch.relu(mlp.up_proj(x)))
+
+        for layer in model.model.layers:
+            layer.mlp.predictor = torch.nn.Module()
+            layer.mlp.predictor.fc1 = torch.nn.Linear(config["hidden_size"], 24, bias=False).double()
+            layer.mlp.predictor.fc2 = torch.nn.Linear(24, config["intermediate_size"], bias=False).double()
+            layer.mlp.forward = routed.__get__(layer.mlp)
+            layer.post_attention_layernorm.register_forward_pre_hook(
+                lambda _, given, mlp=layer.mlp: setattr(mlp, "before", given[0])
+            )
     return model
 
 
