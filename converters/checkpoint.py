@@ -38,6 +38,8 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(f"{path / 'config.json'}: not JSON ({error})") from None
         self.family, self.activation, self.threshold = family_of(self.config, str(path))
+        if "text_config" in self.config:
+            self.config = self.config["text_config"] | {"model_type": self.config["model_type"]}
         self.quantization = quantization_of(self.config, str(path))
         if self.quantization is not None and self.family.layout != "experts":
             raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")

@@ -101,7 +101,7 @@ def load_bundle(
     if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     mixture = family.layout == "experts"  # of which dense layers may be a part
-    layers = bundle.num_layers if mixture else config["num_hidden_layers"]
+    layers = config["num_hidden_layers"] if family.ffn == "mlp" else bundle.num_layers  # not all of which may stream
     if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], layers):
         raise BundleError(
             f"{where}: made of {bundle.num_layers} layers of width {manifest.d_model}, config.json says otherwise"

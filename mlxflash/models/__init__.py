@@ -31,10 +31,15 @@ def settings(config: Any, where: str) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
+    if isinstance(config.get("text_config"), dict):  # beside other modalities', which are left out
+        config = config["text_config"] | {"model_type": kind}
     full = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k not in family.defaults}}
     for ours, theirs in family.keys.items():
         if full.get(theirs) is not None:
             full[ours] = full[theirs]
+    sizes = full.get("intermediate_size")
+    if isinstance(sizes, list) and sizes == sizes[:1] * len(sizes):  # one for each layer
+        full["intermediate_size"] = sizes[0]
     if full.get("intermediate_size") is None and isinstance(full.get("hidden_size"), int):
         full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
     said = family.kv_heads(full) if family.kv_heads is not None else full.get("num_key_value_heads")

@@ -128,6 +128,16 @@ FAMILIES = {
         defaults={"hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1000000.0},
         windowed=True,
     ),
+    "gemma3n": Family(
+        "mlxflash.models.gemma3n",
+        "gated",
+        GATED,
+        ffn="ffn",  # of the layers that stream
+        activation_keys=("hidden_activation",),
+        defaults={"hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0},
+        windowed=True,
+        fixed={"tie_word_embeddings": True},
+    ),
     "granite": Family(mlx_lm("granite"), "gated", GATED, defaults={"hidden_act": "silu"}),
     "stablelm": Family(mlx_lm("stablelm"), "gated", GATED, defaults={"hidden_act": "silu"}),
     "minicpm": Family("mlxflash.models.minicpm", "gated", GATED, defaults={"tie_word_embeddings": True}),
