@@ -10,11 +10,13 @@ from mlx.utils import tree_flatten
 from mlxflash.converters.torch_zip import TorchFileError, as_safetensors, tensors
 from safetensors import SafetensorError, safe_open
 
-from mlxflash.models import build_model, family_of, ffn_layers, find, quantise, quantization_of
+from mlxflash.models import build_model, family_of, ffn_layers, find, quantise, quantization_of, text_of
 
 FLOATS = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 DTYPES = FLOATS | {mx.uint32: "uint32", mx.uint8: "uint8"}
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # saved by old transformers, no parameters
+
+TOWERS = ("vision_tower.", "audio_tower.", "multi_modal_projector.", "embed_vision.", "embed_audio.")
 
 
 class CheckpointError(ValueError):
@@ -37,9 +39,9 @@ class Checkpoint:
             self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
         except ValueError as error:
             raise CheckpointError(f"{path / 'config.json'}: not JSON ({error})") from None
+        said, self.config = self.config, text_of(self.config)
+        self._beside = self.config is not said  # what sees and hears lies beside the text model
         self.family, self.activation, self.threshold = family_of(self.config, str(path))
-        if "text_config" in self.config:
-            self.config = self.config["text_config"] | {"model_type": self.config["model_type"]}
         self.quantization = quantization_of(self.config, str(path))
         if self.quantization is not None and self.family.layout != "experts":
             raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
@@ -82,7 +84,7 @@ class Checkpoint:
             except RuntimeError as error:
                 raise CheckpointError(f"{file}: cannot be read ({error})") from None
             arrays = cast(dict[str, mx.array], loaded)
-            stored |= {self._expected(name): array for name, array in arrays.items()}
+            stored |= {self._expected(name): array for name, array in arrays.items() if not self._left_out(name)}
             said |= {id(array): f"{file}: tensor {name!r}" for name, array in arrays.items()}
         model = copy.copy(self._unfit)
         try:
@@ -93,7 +95,12 @@ class Checkpoint:
             quantise(model, self.quantization, lazy, str(self.path))
         return model, lazy, {name: said[id(array)] for name, array in lazy.items() if id(array) in said}
 
+    def _left_out(self, name: str) -> bool:
+        return self._beside and name.removeprefix("model.").startswith(TOWERS)
+
     def _expected(self, name: str) -> str:
+        if self._beside:
+            name = name.replace("model.language_model.", "model.", 1).removeprefix("language_model.")
         for old, new in self.family.prefixes.items():
             if name.startswith(old):
                 return new + name.removeprefix(old)

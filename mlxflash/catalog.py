@@ -153,7 +153,7 @@ KNOWN = {
     "prosparse-7b": _llama2("SparseLLM/prosparse-llama-2-7b", "fatrelu", 32, 4096, 11008, 32, 32),
     "prosparse-13b": _llama2("SparseLLM/prosparse-llama-2-13b", "fatrelu", 40, 5120, 13824, 40, 40),
     "minicpm-s-1b": Known("openbmb/MiniCPM-S-1B-sft", "relu", True, 52, 1536, 3840, 24, 8, 122753, 4096, tied=True),
-    "turbosparse-mistral-7b": Known(
+    "turbosparse-7b": Known(
         "PowerInfer/TurboSparse-Mistral-Instruct", "drelu", True, 32, 4096, 14336, 32, 8, 32064, 4096
     ),
     "bamboo-7b": Known("PowerInfer/Bamboo-base-v0_1", "drelu", True, 32, 4096, 14336, 32, 8, 32000, 4096),

@@ -13,7 +13,7 @@ MILLIONS = {  # parameters, as model cards have them
     "mistral-7b": 7242, "qwen2.5-7b": 7616, "qwen3-8b": 8191, "gemma-2b": 2506, "phi-2": 2780, "olmo-2-7b": 7299,
     "mixtral-8x7b": 46703, "qwen3-30b-a3b": 30532, "olmoe-1b-7b": 6919,
     "gpt2-xl": 1558, "nemotron-mini-4b": 4190, "relufalcon-40b": 41303, "prosparse-7b": 6738, "persimmon-8b": 9400,
-    "turbosparse-mistral-7b": 7242, "afm-4.5b": 4620, "olmo-3-7b": 7300, "olmo-3-32b": 32230, "exaone-4-1.2b": 1280,
+    "turbosparse-7b": 7242, "afm-4.5b": 4620, "olmo-3-7b": 7300, "olmo-3-32b": 32230, "exaone-4-1.2b": 1280,
     "exaone-4-32b": 32000, "internlm3-8b": 8800, "hunyuan-7b": 7505, "command-r7b": 8028, "phi-3.5-mini": 3821,
     "phi-4-mini": 3836, "helium-1-2b": 2020, "mimo-7b": 7620,
 }  # fmt: skip

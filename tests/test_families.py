@@ -109,10 +109,9 @@ OTHERWISE = {  # what mlx-lm computes otherwise than transformers: why
     "gpt_neox": "GELU with the tanh",
     "starcoder2": "GELU without the tanh",
     "gpt2": "knows no names that begin with transformer",
-    "gemma3n": "clips what is clipped in training alone",
     "phi": "32 key-value heads where config.json names none",
 }
-LACKING = ("falcon", "persimmon", "sparsellama", "bamboo", "arcee")
+LACKING = ("gemma3n_text", "falcon", "persimmon", "sparsellama", "bamboo", "arcee")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if golden(c)["config"]["model_type"] not in LACKING])
@@ -136,6 +135,35 @@ def edited(tmp_path, case, edit=lambda config: None, weights=lambda w: w):
     (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     write_safetensors(tmp_path / "c" / "model.safetensors", weights(families.weights_of(case)), "float32")
     return tmp_path / "c"
+
+
+@pytest.mark.parametrize(
+    ("kind", "case", "prefix"),
+    [
+        ("gemma3", "gemma3_text", "language_model."),
+        ("gemma3", "gemma3_text-linear", "model.language_"),
+        ("gemma3n", "gemma3n", "model.language_"),
+        ("mistral3", "mistral", "language_model."),
+    ],
+)
+def test_the_text_of_what_sees_and_hears(tmp_path, kind, case, prefix):
+    def nested(config):
+        text = dict(config)
+        config.clear()
+        config.update(model_type=kind, text_config=text, vision_config={"hidden_size": 8}, eos_token_id=2)
+
+    def beside(weights):
+        eye = {"vision_tower.x.weight": np.ones((2, 2), np.float32)}
+        old = {f"{prefix}{name}": array for name, array in weights.items() if not name.startswith("lm_head")}
+        head = {f"language_model.{name}": array for name, array in weights.items() if name.startswith("lm_head")}
+        return old | head | (eye if prefix == "language_model." else {f"model.{k}": v for k, v in eye.items()})
+
+    bundle = convert(edited(tmp_path, case, nested, beside), tmp_path / "m.flash")
+    assert bundle.config()["eos_token_id"] == 2
+    want = golden(case)
+    with load(bundle.path, "native", "least", None) as model:
+        logits, _ = decode(model, want["tokens"])
+    np.testing.assert_allclose(logits, want["logits"], rtol=1e-4, atol=1e-4 * np.abs(want["logits"]).max())
 
 
 GATE = "model.layers.1.mlp.gate_proj.weight"

@@ -13,9 +13,20 @@ import mlx.nn as nn
 
 from mlxflash.bundle import MODES
 from mlxflash.models import rope
-from mlxflash.models.families import FAMILIES, REFUSED, SWITCHES, Family
+from mlxflash.models.families import FAMILIES, MULTIMODAL, REFUSED, SWITCHES, Family
 
 __all__ = ["FAMILIES", "Family"]
+
+
+def text_of(config: Any) -> Any:
+    """config.json of the text model alone, where it lies beside what sees and hears."""
+    if not isinstance(config, dict) or config.get("model_type") not in MULTIMODAL:
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    beside = {k: v for k, v in config.items() if not isinstance(v, dict) or k.startswith("quantization")}
+    return beside | {"model_type": MULTIMODAL[config["model_type"]]} | text
 
 
 def settings(config: Any, where: str) -> dict[str, Any]:
@@ -31,8 +42,6 @@ def settings(config: Any, where: str) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     family = FAMILIES[kind]
-    if isinstance(config.get("text_config"), dict):  # beside other modalities', which are left out
-        config = config["text_config"] | {"model_type": kind}
     full = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k not in family.defaults}}
     for ours, theirs in family.keys.items():
         if full.get(theirs) is not None:

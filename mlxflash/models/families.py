@@ -125,10 +125,19 @@ FAMILIES = {
         GATED,
         activation_keys=("hidden_activation",),
         keys={"sliding_window_pattern": "_sliding_window_pattern"},
-        defaults={"hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1000000.0},
+        defaults={
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_theta": 1000000.0,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
         windowed=True,
     ),
-    "gemma3n": Family(
+    "gemma3n_text": Family(
         "mlxflash.models.gemma3n",
         "gated",
         GATED,
@@ -221,6 +230,7 @@ FAMILIES = {
         "deepseek_v3", fixed={"scoring_func": "sigmoid"}, kv_values=lambda c: c["kv_lora_rank"] + c["qk_rope_head_dim"]
     ),
 }
+MULTIMODAL = {"gemma3": "gemma3_text", "gemma3n": "gemma3n_text", "mistral3": "mistral"}  # whose text runs -> as which
 REFUSED = {  # families that could be thought to be here: why they are not
     "apertus": "its activation xIELU has learned numbers in every layer",
     "bitnet": "it rounds a token's activations by the largest of all units, so none can be computed before all are",

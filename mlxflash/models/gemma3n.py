@@ -12,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gemma3n
 
-TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
 BODY = "model.language_model."
 UNSHARED = ("k_proj", "v_proj", "k_norm")  # of attention; layers that read others' keys and values have none
 
@@ -65,8 +64,6 @@ class Model(gemma3n.Model):
         for name, array in weights.items():
             name = name if name.startswith(BODY) else name.replace("model.", BODY, 1)
             *_, rest = name.partition(BODY)
-            if rest.startswith(TOWERS):
-                continue
             _, number, *parts = [*rest.split("."), "", ""]
             if rest.startswith("layers."):
                 layer = self.layers[int(number)]

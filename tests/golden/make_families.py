@@ -174,30 +174,27 @@ CASES = {
             "beta_slow": 1.0,
         },
     },
-    "gemma3n": {
-        "model_type": "gemma3n",
-        "text_config": LLAMA
-        | {
-            "model_type": "gemma3n_text",
-            "num_hidden_layers": 6,
-            "intermediate_size": [96] * 6,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "head_dim": 16,
-            "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"] * 3,
-            "num_kv_shared_layers": 2,
-            "activation_sparsity_pattern": [0.9, 0.8, 0.0, 0.0, 0.0, 0.0],
-            "rope_local_base_freq": 500.0,
-            "vocab_size_per_layer_input": 90,
-            "hidden_size_per_layer_input": 16,
-            "altup_active_idx": 0,
-            "altup_coef_clip": 1.0,
-            "altup_correct_scale": True,
-            "altup_num_inputs": 3,
-            "laurel_rank": 8,
-            "final_logit_softcapping": 30.0,
-            "tie_word_embeddings": True,
-        },
+    "gemma3n": LLAMA
+    | {
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 6,
+        "intermediate_size": [96] * 6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.9, 0.8, 0.0, 0.0, 0.0, 0.0],
+        "rope_local_base_freq": 500.0,
+        "vocab_size_per_layer_input": 90,
+        "hidden_size_per_layer_input": 16,
+        "altup_active_idx": 0,
+        "altup_coef_clip": 1.0,
+        "altup_correct_scale": True,
+        "altup_num_inputs": 3,
+        "laurel_rank": 8,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
     },
     "granite": LLAMA
     | {
@@ -312,7 +309,7 @@ def build(case, config):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    known = dict(config.get("text_config", config))
+    known = dict(config)
     kind = known.pop("model_type")
     act = known.get("hidden_act")
     if act == "fatrelu":
@@ -365,9 +362,6 @@ def main():
         state = model.state_dict()
         if model.config.tie_word_embeddings:
             state.pop(next(name for name in ("lm_head.weight", "embed_out.weight") if name in state))
-        config = config.get("text_config", config)
-        if case == "gemma3n":  # as they lie beside other modalities'
-            state = {name.replace("model.", "model.language_model.", 1): value for name, value in state.items()}
         shapes = {name: list(value.shape) for name, value in state.items()}
         with torch.no_grad():
             for name, value in state.items():
@@ -379,7 +373,7 @@ def main():
                 said.append(int(model(torch.tensor([said]), use_cache=False).logits[0, -1].argmax()))
         np.savez_compressed(
             Path(__file__).with_name("families") / f"{case}.npz",
-            config=np.array(json.dumps(CASES[case])),
+            config=np.array(json.dumps(config)),
             shapes=np.array(json.dumps(shapes)),
             tokens=np.array(tokens, np.uint16),
             logits=logits.astype(np.float32),
