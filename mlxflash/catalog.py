@@ -188,6 +188,17 @@ KNOWN = {
     "gemma-2b": Known("google/gemma-2b", "gelu_tanh", True, 18, 2048, 16384, 8, 1, 256000, 8192, True, 256),
     "gemma-2-9b": Known("google/gemma-2-9b", "gelu_tanh", True, 42, 3584, 14336, 16, 8, 256000, 4096, True, 256),
     "gemma-3-1b": Known("google/gemma-3-1b-it", "gelu_tanh", True, 26, 1152, 6912, 4, 1, 262144, 32768, True, 256),
+    "gemma-3-4b": Known("google/gemma-3-4b-pt", "gelu_tanh", True, 34, 2560, 10240, 8, 4, 262208, 131072, True, 256),
+    "gemma-3-12b": Known("google/gemma-3-12b-pt", "gelu_tanh", True, 48, 3840, 15360, 16, 8, 262208, 131072, True, 256),
+    "gemma-3-27b": Known(
+        "google/gemma-3-27b-pt", "gelu_tanh", True, 62, 5376, 21504, 32, 16, 262208, 131072, True, 128
+    ),
+    "mistral-small-24b": Known(
+        "mistralai/Mistral-Small-3.1-24B-Base-2503", "silu", True, 40, 5120, 32768, 32, 8, 131072, 131072, head_dim=128
+    ),
+    "ministral-3-8b": Known(
+        "mistralai/Ministral-3-8B-Base-2512", "silu", True, 34, 4096, 14336, 32, 8, 131072, 262144, head_dim=128
+    ),
     "olmo-2-7b": Known("allenai/OLMo-2-1124-7B", "silu", True, 32, 4096, 11008, 32, 32, 100352, 4096),
     "olmo-3-7b": Known("allenai/Olmo-3-1025-7B", "silu", True, 32, 4096, 11008, 32, 32, 100278, 65536),
     "olmo-3-32b": Known("allenai/Olmo-3-1125-32B", "silu", True, 64, 5120, 27648, 40, 8, 100278, 65536),

@@ -15,7 +15,10 @@ MILLIONS = {  # parameters, as model cards have them
     "gpt2-xl": 1558, "nemotron-mini-4b": 4190, "relufalcon-40b": 41303, "prosparse-7b": 6738, "persimmon-8b": 9400,
     "turbosparse-7b": 7242, "afm-4.5b": 4620, "olmo-3-7b": 7300, "olmo-3-32b": 32230, "exaone-4-1.2b": 1280,
     "exaone-4-32b": 32000, "internlm3-8b": 8800, "hunyuan-7b": 7505, "command-r7b": 8028, "phi-3.5-mini": 3821,
-    "phi-4-mini": 3836, "helium-1-2b": 2020, "mimo-7b": 7620,
+    "phi-4-mini": 3836, "helium-1-2b": 2020,
+    "gemma-3-4b": 3880, "gemma-3-12b": 11766, "gemma-3-27b": 27009, "mistral-small-24b": 23572,
+    "ministral-3-8b": 8490,
+ "mimo-7b": 7620,
 }  # fmt: skip
 
 

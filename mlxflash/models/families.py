@@ -76,6 +76,7 @@ FAMILIES = {
     "llama": Family(mlx_lm("llama"), "gated", GATED, defaults=UNTIED, windowed=True),
     "sparsellama": Family(mlx_lm("llama"), "gated", GATED, defaults={"tie_word_embeddings": False}, windowed=True),
     "mistral": Family(mlx_lm("llama"), "gated", GATED, defaults=UNTIED),
+    "ministral3": Family(mlx_lm("ministral3"), "gated", GATED, defaults=UNTIED, windowed=True),
     "bamboo": Family(
         "mlxflash.models.bamboo",
         "gated",

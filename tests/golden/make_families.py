@@ -107,6 +107,22 @@ CASES = {
     "llama-fatrelu": LLAMA | {"model_type": "llama", "hidden_act": "fatrelu", "hidden_act_param": 0.3},
     "sparsellama": LLAMA | {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.1},
     "mistral": LLAMA | {"model_type": "mistral", "hidden_act": "silu", "sliding_window": 96},
+    "ministral3": {k: v for k, v in LLAMA.items() if k != "rope_theta"}
+    | {"model_type": "ministral3", "hidden_act": "silu", "head_dim": 16, "sliding_window": None, "pad_token_id": 0}
+    | {
+        "rope_parameters": {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "rope_theta": 300.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
     "bamboo": LLAMA | {"model_type": "bamboo", "hidden_act": "relu", "sliding_window": None},
     "turbosparse": LLAMA | {"model_type": "bamboo", "hidden_act": "relu", "sliding_window": 96},
     "qwen2": LLAMA | {"model_type": "qwen2", "hidden_act": "silu", "sliding_window": 32, "use_sliding_window": False},
