@@ -26,6 +26,7 @@ from mlxflash.bundle import Bundle  # noqa: E402
 from mlxflash.calibrate import calibrate, record_inputs  # noqa: E402
 from mlxflash.decode import stream_generate  # noqa: E402
 from mlxflash.models import FAMILIES, build_model, max_positions  # noqa: E402
+from mlxflash.order import reorder  # noqa: E402
 from mlxflash.thinning import Thin  # noqa: E402
 from mlxflash.train import train  # noqa: E402
 
@@ -202,6 +203,11 @@ def test_positions_that_would_be_computed_otherwise_are_refused():
     """Scaled where the class does not scale; LongRoPE beyond its original length, where all tokens would turn anew."""
     with pytest.raises(ValueError, match=r"its class ignores rope_scaling 'linear'"):
         build_model(golden("stablelm")["config"] | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "here")
+    two = {"full_attention": {"rope_theta": 500000.0}, "sliding_attention": {"rope_theta": 10000.0}}
+    with pytest.raises(ValueError, match="its class knows one rope_theta for all layers"):
+        build_model(golden("olmo3")["config"] | {"rope_parameters": two, "rope_scaling": None}, "here")
+    with pytest.raises(ValueError, match="its class ignores partial_rotary_factor"):
+        build_model(golden("llama")["config"] | {"partial_rotary_factor": 0.5}, "here")
     config = golden("phi3-longrope")["config"]
     assert max_positions(config) == config["original_max_position_embeddings"] < config["max_position_embeddings"]
     sliding = {"layer_types": ["full_attention"] * 3}
@@ -261,6 +267,8 @@ def test_a_predictor_that_is_the_model_s_own_stands_for_all_others(made):
     for measure in (calibrate, train):
         with pytest.raises(ValueError, match="the model's own predictor says which units"):
             measure(Bundle.open(made("turbosparse")), [np.arange(40)] * 8)
+    with pytest.raises(ValueError, match="the model's own predictor says which units"):  # whose rows it would permute
+        reorder(Bundle.open(made("turbosparse")), made("turbosparse").with_name("other"), np.arange(40))
     assert Bundle.open(made("turbosparse")).predictors() == []
 
 

@@ -112,7 +112,7 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
         args = module.ModelArgs.from_dict(full)
         _check_pattern(full, args)
         model: nn.Module = cls(args)
-        rope.install(model, full)
+        rope.install(model, full, args)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, KeyError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None

@@ -19,10 +19,11 @@ UNSHARED = ("k_proj", "v_proj", "k_norm")  # of attention; layers that read othe
 @dataclass
 class ModelArgs:
     text: dict[str, Any]
+    rope_local_base_freq: float
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ModelArgs":
-        return cls(config)
+        return cls(config, config["rope_local_base_freq"])
 
 
 class Coefficients(nn.Module):

@@ -30,8 +30,10 @@ def spell_out(config: dict[str, Any], where: str) -> None:
     nested = config.get("rope_parameters")
     if isinstance(nested, dict):  # transformers 5
         if isinstance(nested.get("full_attention"), dict):  # one for each kind of layer
-            config["rope_local_base_freq"] = (nested.get("sliding_attention") or {}).get("rope_theta", 10000.0)
-            nested = nested["full_attention"]
+            local, nested = nested.get("sliding_attention") or {}, nested["full_attention"]
+            if local.get("rope_type", "default") != "default":
+                raise ValueError(f"{where}: rope_parameters {local['rope_type']!r} of sliding layers is not supported")
+            config["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
         config.update({key: nested[key] for key in ("rope_theta", "partial_rotary_factor") if key in nested})
         config["rope_scaling"] = config.get("rope_scaling") or nested
     config.setdefault("rope_theta", 10000.0)  # of the few that begin elsewhere, the family's row says it
@@ -117,8 +119,13 @@ class ScaledRoPE(nn.Module):
         return mx.fast.rope(x, self._dims, **how)
 
 
-def install(model: Any, config: dict[str, Any]) -> None:
+def install(model: Any, config: dict[str, Any], args: Any) -> None:
     """Put ours where the model scales positions. Raises ValueError where only config.json does."""
+    local = config.get("rope_local_base_freq", config["rope_theta"])
+    if local != config["rope_theta"] and not hasattr(args, "rope_local_base_freq"):
+        raise ValueError("its class knows one rope_theta for all layers")
+    if (config.get("partial_rotary_factor") or 1) != 1 and not hasattr(args, "partial_rotary_factor"):
+        raise ValueError("its class ignores partial_rotary_factor")
     said = config.get("rope_scaling")
     if said is None:
         return
