@@ -25,6 +25,7 @@ from mlxflash.api import load_tokenizer  # noqa: E402
 from mlxflash.bundle import Bundle  # noqa: E402
 from mlxflash.calibrate import calibrate, record_inputs  # noqa: E402
 from mlxflash.decode import stream_generate  # noqa: E402
+from mlxflash.evaluate import Dense, evaluate  # noqa: E402
 from mlxflash.models import FAMILIES, build_model, max_positions  # noqa: E402
 from mlxflash.order import reorder  # noqa: E402
 from mlxflash.thinning import Thin  # noqa: E402
@@ -258,6 +259,20 @@ def test_what_a_model_s_own_predictor_leaves_out_is_never_computed_nor_read(made
             decode(model, tokens[:16])
             read = (model.flash.snapshot().num_bytes - before) / 16
             assert 0 < read < 0.75 * Bundle.open(path).streamed_bytes()
+
+
+@pytest.mark.parametrize("case", ["turbosparse", "gemma3n"])
+def test_evaluation_of_what_streams_in_part(made, case):
+    tokens = np.random.default_rng(5).integers(3, 96, 60)
+    with load(made(case), "native", "least", None) as model:
+        memory, units = model.flash.plan.memory, model.flash.plan.units
+    with Dense(Bundle.open(made(case)), tokens, memory=memory, context=60) as dense:
+        said = evaluate(dense)
+    assert said.fidelity == "exact"
+    assert abs(said.kl) < 1e-6
+    assert said.recall == 1
+    assert len(said.layers) == len(units)
+    assert (said.flagged < 0.75) == (case == "turbosparse")
 
 
 def test_a_predictor_that_is_the_model_s_own_stands_for_all_others(made):
