@@ -165,7 +165,7 @@ class Checkpoint:
     def most_experts(self) -> int:
         """Of any layer; 0 where there are none."""
         switches = [find(layer, self.family.ffn) for layer in ffn_layers(self._model, self.family)]
-        return max(len(s.up_proj.weight) for s in switches) if self.family.layout == "experts" else 0
+        return max(len(find(s, self.family.parts["up"]).weight) for s in switches) if self.family.layout == "experts" else 0
 
     def names(self) -> list[str]:
         return sorted(self.shapes)

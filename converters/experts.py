@@ -1,5 +1,6 @@
-"""Experts, one record each: the whole matrices gate and up [hidden, d_model] and down [d_model, hidden] as MLX's
-gather operations take them, with what quantisation adds and, where the family has them, biases.
+"""Experts, one record each: the whole matrices gate (where they have one) and up [hidden, d_model] and down
+[d_model, hidden] as MLX's gather operations take them, with what quantisation adds and, where the family has them,
+biases.
 
 What is quantised already is copied as it is: a record's bytes are then the checkpoint's, and the output is mlx-lm's.
 (By rows of neurons, as dense layouts are stored, `down`, which is quantised along the neurons, would have to be
@@ -19,7 +20,6 @@ from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
 
 from mlxflash.bundle import Part, make_record
 
-PARTS = ("gate", "up", "down")
 ALIASES = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}  # in `experts.N`
 KINDS = {"weight": "", "scales": "_scales", "biases": "_biases", "bias": "_bias"}  # of a module's tensors, and of parts
 CODES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
@@ -104,7 +104,7 @@ class Experts:
     def _arrays(self, layer: int, expert: int) -> dict[str, mx.array]:
         """An expert's parts as they are to be stored."""
         arrays: dict[str, mx.array] = {}
-        for part in PARTS:
+        for part in self._checkpoint.family.parts:
             for kind, suffix in KINDS.items():
                 path = self._path(layer, part, kind)
                 if path not in self._checkpoint.shapes:

@@ -122,8 +122,9 @@ class Manifest:
 
     @property
     def sparse(self) -> bool:
-        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams."""
-        return self.activation in SPARSE_ACTIVATIONS
+        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams. Experts,
+        which have neurons of their own, may not."""
+        return self.activation in SPARSE_ACTIVATIONS and self.layout != "experts"
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -99,12 +99,9 @@ def load_bundle(
     manifest = bundle.manifest
     if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
-    mixture = family.layout == "experts"  # of which dense layers may be a part
-    layers = bundle.num_layers if mixture else config["num_hidden_layers"]
-    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], layers):
-        raise BundleError(
-            f"{where}: made of {bundle.num_layers} layers of width {manifest.d_model}, config.json says otherwise"
-        )
+    mixture = family.layout == "experts"
+    if manifest.d_model != config["hidden_size"]:
+        raise BundleError(f"{where}: made of layers of width {manifest.d_model}, config.json says otherwise")
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a window spans at least 1 token")
     if fidelity not in (None, *FIDELITIES):
@@ -349,6 +346,7 @@ def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> N
     hidden = manifest.record["up_scales" if manifest.quantization else "up"].shape[0]
     units, d = manifest.layers[index].units, manifest.d_model
     biased = "bias" in attrgetter(family.parts["up"])(switch)
-    said = {"gate": (units, hidden, d), "up": (units, hidden, d), "down": (units, d, hidden)}
-    if shapes != said or biased != ("up_bias" in manifest.record):
+    said = {part: (units, d, hidden) if part == "down" else (units, hidden, d) for part in family.parts}
+    as_said = [f"{part}_bias" in manifest.record for part in family.parts] == [biased] * len(said)
+    if shapes != said or not as_said or ("gate" in manifest.record) != ("gate" in said):
         raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")

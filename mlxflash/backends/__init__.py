@@ -84,8 +84,8 @@ class FFN:
 
     @classmethod
     def _of_experts(cls, manifest: Manifest, where: str) -> "FFN":
-        """An expert's parts are whole matrices as MLX has them: gate and up [hidden, d_model], down [d_model, hidden];
-        of all of them the bias or of none."""
+        """An expert's parts are whole matrices as MLX has them: gate, of gated ones, and up [hidden, d_model], down
+        [d_model, hidden]; of all of them the bias or of none."""
         q = manifest.quantization or {"bits": 0, "group_size": 0, "mode": "affine"}
         bits, group, record, d = q["bits"], q["group_size"], manifest.record, manifest.d_model
         if bits and (
@@ -99,6 +99,8 @@ class FFN:
         known = scales == "uint8" if q["mode"] == "mxfp4" else scales in ("float32", "float16", "bfloat16")
         wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, rows, columns in (("gate", hidden, d), ("up", hidden, d), ("down", d, hidden)):
+            if name == "gate" and name not in parts:
+                continue
             if bits:
                 wanted[name] = "uint32", (rows, columns * bits // 32)
                 wanted[f"{name}_scales"] = scales, (rows, columns // group)

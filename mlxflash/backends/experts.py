@@ -1,4 +1,4 @@
-"""Experts in slots, and what a token's chosen experts compute: act(gate x) * (up x), times down.
+"""Experts in slots, and what a token's chosen experts compute: act(gate x, up x) or act(up x), times down.
 
 A slot has the shape of a record: one contiguous span per expert, so that a direct read lands where it is computed and
 nothing is copied. MLX takes each part as a strided view of the whole pool: `gather_mm` and `gather_qmm` need the last
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn import relu2
 from mlx_lm.models.activations import swiglu, swiglu_oai
 
 from mlxflash._native import core
@@ -89,7 +90,12 @@ def _clamped(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         return gate / (1 + np.exp(np.float32(-1.702) * gate)) * (np.clip(up, -7, 7) + 1)
 
 
-HOST_ACTIVATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"silu": _silu, "clamped": _clamped}
+def _relu2(up: np.ndarray) -> np.ndarray:
+    return np.square(np.maximum(up, 0))
+
+
+# Of the products with gate and up, or with up alone where experts have no gate
+HOST_ACTIVATIONS: dict[str, Callable[..., np.ndarray]] = {"silu": _silu, "clamped": _clamped, "relu2": _relu2}
 
 
 class NativeExperts(_Slots):
@@ -104,6 +110,7 @@ class NativeExperts(_Slots):
         self._act = HOST_ACTIVATIONS[ffn.activation]
         self._spans = {p.name: (p.offset or 0, (p.offset or 0) + p.num_bytes) for p in ffn.record.parts}
         matrices = [p for p in ffn.record.parts if p.name in ("gate", "up", "down")]
+        self._first = [p.name for p in matrices if p.name != "down"]
         self._rows = {p.name: (p.shape[0], p.num_bytes // p.shape[0]) for p in matrices}
         self._call: dict[str, Any] = {}
         self._kind = KINDS.get(matrices[0].dtype, "affine")
@@ -120,8 +127,7 @@ class NativeExperts(_Slots):
         edges = np.flatnonzero(np.diff(slots, prepend=-1, append=-1))
         for begin, end in pairwise(edges):
             slot, rows = int(slots[begin]), host[tokens[begin:end]]
-            up = self._multiply(rows, slot, "up")
-            hidden = self._act(self._multiply(rows, slot, "gate"), up)
+            hidden = self._act(*(self._multiply(rows, slot, name) for name in self._first))
             self._multiply(hidden, slot, "down", out[begin:end])
         return out
 
@@ -163,11 +169,51 @@ def _floats(raw: memoryview, dtype: str) -> np.ndarray:
 # --- MLX ------------------------------------------------------------------------------------------------------
 
 
-MLX_ACTIVATIONS: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"silu": swiglu, "clamped": swiglu_oai}
+MLX_ACTIVATIONS: dict[str, Callable[..., mx.array]] = {"silu": swiglu, "clamped": swiglu_oai, "relu2": relu2}
 
 
-class MLXExperts(_Slots):
-    """Strided views of one MLX array and gather operations, whose shapes do not depend on which experts are held.
+class GatherExperts:
+    """Experts by gather operations, whose shapes do not depend on which experts are held. For rows whose slots
+    `_weights` gives as arrays."""
+
+    _ffn: FFN
+    _pending: mx.array | None = None
+
+    def _weights(self, slots: Any) -> tuple[dict[str, mx.array], Any]:
+        """Parts stacked [n, ...] in the dtype that is computed in, and where in them `slots` are."""
+        raise NotImplementedError
+
+    def experts(self, x: mx.array, tokens: Any, slots: Any) -> mx.array:
+        weights, chosen = self._weights(slots)
+        count, index = len(slots), mx.array(chosen).astype(mx.uint32)
+        rows = mx.expand_dims(x[mx.array(tokens)], -2)
+        first = [self._product(rows, weights, name, index, count) for name in ("gate", "up") if name in weights]
+        hidden = MLX_ACTIVATIONS[self._ffn.activation](*first)
+        y = self._product(hidden, weights, "down", index, count).squeeze(-2)
+        self._pending = y
+        return y
+
+    def _product(self, x: mx.array, weights: dict[str, mx.array], name: str, index: mx.array, count: int) -> mx.array:
+        if self._ffn.bits:
+            y = mx.gather_qmm(
+                x, weights[name], weights[f"{name}_scales"], weights.get(f"{name}_biases"),
+                rhs_indices=index, transpose=True, group_size=self._ffn.group_size, bits=self._ffn.bits,
+                mode=self._ffn.mode, sorted_indices=count >= SORTED,
+            )  # fmt: skip
+        else:
+            y = mx.gather_mm(x, weights[name].swapaxes(-1, -2), rhs_indices=index, sorted_indices=count >= SORTED)
+        if f"{name}_bias" in weights:
+            y = y + mx.expand_dims(weights[f"{name}_bias"][index], -2)
+        return y
+
+    def join(self, pieces: list[mx.array], pairs: list[np.ndarray]) -> mx.array:
+        y = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        where = np.concatenate(pairs)
+        return y if (np.diff(where) == 1).all() else y[mx.array(np.argsort(where))]
+
+
+class MLXExperts(GatherExperts, _Slots):
+    """Strided views of one MLX array.
 
     `compute`: the dtype that weights are multiplied in, None: their own. Where it is not theirs (MLX's CPU gathers
     float32 only), or where MLX does not see what the host writes, the experts used are copied first.
@@ -191,8 +237,6 @@ class MLXExperts(_Slots):
             pool, memory = shared((capacity, stride // 4), mx.uint32)
         super().__init__(ffn, capacity, memory, staging)
         self._compute = compute
-        self._act = MLX_ACTIVATIONS[ffn.activation]
-        self._pending: mx.array | None = None
         parts = [p for p in ffn.record.parts if p.offset is not None]
         floats = {DTYPES[p.dtype] for p in parts if p.dtype in KINDS}
         self._views: dict[str, mx.array] = {}
@@ -214,32 +258,12 @@ class MLXExperts(_Slots):
         if pending is not None and not discard:
             mx.eval(pending)
 
-    def experts(self, x: mx.array, tokens: Any, slots: Any) -> mx.array:
+    def _weights(self, slots: Any) -> tuple[dict[str, mx.array], Any]:
         self.settle()
-        weights, chosen = self._views, slots
-        if not self._views:
-            used, chosen = np.unique(slots, return_inverse=True)
-            weights = {p.name: self._copy(p, used) for p in self._ffn.record.parts}
-        count, index = len(slots), mx.array(chosen).astype(mx.uint32)
-        rows = mx.expand_dims(x[mx.array(tokens)], -2)
-        up = self._product(rows, weights, "up", index, count)
-        hidden = self._act(self._product(rows, weights, "gate", index, count), up)
-        y = self._product(hidden, weights, "down", index, count).squeeze(-2)
-        self._pending = y
-        return y
-
-    def _product(self, x: mx.array, weights: dict[str, mx.array], name: str, index: mx.array, count: int) -> mx.array:
-        if self._ffn.bits:
-            y = mx.gather_qmm(
-                x, weights[name], weights[f"{name}_scales"], weights.get(f"{name}_biases"),
-                rhs_indices=index, transpose=True, group_size=self._ffn.group_size, bits=self._ffn.bits,
-                mode=self._ffn.mode, sorted_indices=count >= SORTED,
-            )  # fmt: skip
-        else:
-            y = mx.gather_mm(x, weights[name].swapaxes(-1, -2), rhs_indices=index, sorted_indices=count >= SORTED)
-        if f"{name}_bias" in weights:
-            y = y + mx.expand_dims(weights[f"{name}_bias"][index], -2)
-        return y
+        if self._views:
+            return self._views, slots
+        used, chosen = np.unique(slots, return_inverse=True)
+        return {p.name: self._copy(p, used) for p in self._ffn.record.parts}, chosen
 
     def _copy(self, part: Any, used: np.ndarray) -> mx.array:
         """A part of the slots in `used`, in the dtype that is computed in."""
@@ -249,8 +273,3 @@ class MLXExperts(_Slots):
         bits = rows.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size]).reshape(len(used), *part.shape)
         array = mx.array(bits).view(DTYPES[part.dtype])
         return array.astype(self._compute) if self._compute and part.dtype in KINDS else array
-
-    def join(self, pieces: list[mx.array], pairs: list[np.ndarray]) -> mx.array:
-        y = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-        where = np.concatenate(pairs)
-        return y if (np.diff(where) == 1).all() else y[mx.array(np.argsort(where))]

@@ -49,7 +49,9 @@ class Family:
     kv_heads: Callable[[dict[str, Any]], Any] | None = None  # key-value heads, where config.json says it otherwise
     windowed: bool = False  # the class computes sliding-window attention, or the family has none
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what config.json may not say otherwise
-    kv_values: Callable[[dict[str, Any]], int] | None = None  # that a token adds to a layer's cache, where not llama's
+    kv_values: Callable[[dict[str, Any]], int] | None = None  # that a token adds to all caches, where not llama's
+    state_values: Callable[[dict[str, Any]], int] | None = None  # that recurrent layers hold of a sequence
+    dense: "Family | None" = None  # of a mixture's `model_type`, checkpoints that have no experts
 
 
 def mlx_lm(name: str) -> str:
@@ -61,12 +63,52 @@ def mixture(
     ffn: str = "mlp.switch_mlp",
     activations: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    parts: Mapping[str, str] = GATED,
     **other: Any,
 ) -> Family:
-    """A family of mlx-lm's whose experts are a SwitchGLU."""
+    """A family of mlx-lm's whose experts are a SwitchGLU, or a SwitchMLP where `parts` say so."""
     defaults = {"hidden_act": "silu", "tie_word_embeddings": False} if defaults is None else defaults
     activations = activations or {"silu": "silu", "swish": "silu"}
-    return Family(mlx_lm(name), "experts", GATED, ffn, activations=activations, defaults=defaults, **other)
+    return Family(mlx_lm(name), "experts", parts, ffn, activations=activations, defaults=defaults, **other)
+
+
+# Nemotron-H: Mamba-2, attention, and as layers of their own MLPs or mixtures with squared ReLU
+BLOCKS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E", "mlp": "-"}
+
+
+def _blocks(config: dict[str, Any]) -> list[str]:
+    """The kinds of a Nemotron-H's layers, one letter each, however config.json says them; none where it does not."""
+    keys = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+    said = next((config[key] for key in keys if config.get(key)), "")
+    return [BLOCKS.get(str(kind), str(kind)) for kind in said] if isinstance(said, list | str) else []
+
+
+def _mamba_values(config: dict[str, Any]) -> int:
+    inner = config["mamba_num_heads"] * config["mamba_head_dim"]
+    conv = (config["conv_kernel"] - 1) * (inner + 2 * config["n_groups"] * config["ssm_state_size"])
+    return int(_blocks(config).count("M") * (conv + inner * config["ssm_state_size"]))
+
+
+def _attention_values(config: dict[str, Any]) -> int:
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(2 * _blocks(config).count("*") * config["num_key_value_heads"] * head_dim)
+
+
+NEMOTRON_H: dict[str, Any] = {
+    "activation_keys": ("mlp_hidden_act",),
+    "activations": {"relu2": "relu2"},
+    "defaults": {"mlp_hidden_act": "relu2", "tie_word_embeddings": False, "num_experts_per_tok": 2},
+    "fixed": {
+        "mamba_hidden_act": "silu",
+        "moe_latent_size": None,
+        "n_group": 1,
+        "tie_word_embeddings": False,
+        "residual_in_fp32": False,
+    },
+    "windowed": True,
+    "kv_values": _attention_values,
+    "state_values": _mamba_values,
+}
 
 
 WIDENED = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
@@ -175,14 +217,31 @@ FAMILIES = {
         "deepseek_v2",
         fixed={"norm_topk_prob": False, "scoring_func": "softmax"},
         kv_values=lambda c: (
-            c["num_attention_heads"] * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
+            c["num_hidden_layers"]
+            * c["num_attention_heads"]
+            * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
         ),
     ),
     "deepseek_v3": mixture(
-        "deepseek_v3", fixed={"scoring_func": "sigmoid"}, kv_values=lambda c: c["kv_lora_rank"] + c["qk_rope_head_dim"]
+        "deepseek_v3",
+        fixed={"scoring_func": "sigmoid"},
+        kv_values=lambda c: c["num_hidden_layers"] * (c["kv_lora_rank"] + c["qk_rope_head_dim"]),
+    ),
+    "phimoe": mixture(
+        "phimoe",
+        "block_sparse_moe.switch_mlp",
+        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        fixed={"attention_bias": True, "lm_head_bias": True, "tie_word_embeddings": False},
+    ),
+    "nemotron_h": mixture(
+        "nemotron_h",
+        "mixer.switch_mlp",
+        parts={"up": "fc1", "down": "fc2"},
+        dense=Family(mlx_lm("nemotron_h"), "plain", {"up": "up_proj", "down": "down_proj"}, "mixer", **NEMOTRON_H),
+        **NEMOTRON_H,
     ),
 }
-SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI"}  # what mlx-lm calls the activations between experts' matrices
+SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI", "relu2": "ReLU2"}  # what mlx-lm calls the activations between experts' matrices
 
 
 def settings(config: Any, where: str) -> dict[str, Any]:
@@ -195,16 +254,18 @@ def settings(config: Any, where: str) -> dict[str, Any]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    family = FAMILIES[kind]
+    family = _family(config)
     full = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k not in family.defaults}}
     for ours, theirs in family.keys.items():
         if full.get(theirs) is not None:
             full[ours] = full[theirs]
     if full.get("intermediate_size") is None and isinstance(full.get("hidden_size"), int):
         full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
+    full.setdefault("num_hidden_layers", len(_blocks(full)))
     said = family.kv_heads(full) if family.kv_heads is not None else full.get("num_key_value_heads")
     full["num_key_value_heads"] = said or full.get("num_attention_heads")
     _spell_out_rope(full)
+    _use_short_rope(full)
     _check_numbers(full, family, where)
     for key, value in family.fixed.items():
         if full.get(key, value) != value:
@@ -214,6 +275,11 @@ def settings(config: Any, where: str) -> dict[str, Any]:
         if isinstance(window, int) and window > 0:
             full["max_position_embeddings"] = min(full["max_position_embeddings"], window)
     return full
+
+
+def _family(config: dict[str, Any]) -> Family:
+    family = FAMILIES[config["model_type"]]
+    return family.dense if family.dense is not None and "E" not in _blocks(config) else family
 
 
 def _spell_out_rope(config: dict[str, Any]) -> None:
@@ -231,6 +297,17 @@ def _spell_out_rope(config: dict[str, Any]) -> None:
         config.setdefault("rope_scaling", said)
 
 
+def _use_short_rope(config: dict[str, Any]) -> None:
+    """Phi-MoE's LongRoPE: transformers' class takes the short factors, mlx-lm's the long ones whatever the length. They
+    are for more positions than the model was first trained with; as they are not used here, positions end there."""
+    said = config.get("rope_scaling")
+    if not isinstance(said, dict) or not {"short_factor", "short_mscale"} <= said.keys():
+        return
+    first = config.get("original_max_position_embeddings") or said.get("original_max_position_embeddings")
+    config["rope_scaling"] = said | {"long_factor": said["short_factor"], "long_mscale": said["short_mscale"]}
+    config["original_max_position_embeddings"] = config["max_position_embeddings"] = first
+
+
 def family_of(config: Any, where: str) -> tuple[Family, str, float]:
     """The family of a checkpoint's config, its activation in our words, and the activation's threshold.
 
@@ -238,7 +315,7 @@ def family_of(config: Any, where: str) -> tuple[Family, str, float]:
     """
     full = settings(config, where)
     kind = full["model_type"]
-    family = FAMILIES[kind]
+    family = _family(full)
     said = {key: full[key] for key in family.activation_keys if full.get(key) is not None}
     key, word = next(iter(said.items()), (family.activation_keys[0], None))
     if not isinstance(word, str) or word not in family.activations:
@@ -270,7 +347,8 @@ def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
 def build_model(config: dict[str, Any], where: str, base: type | None = None) -> nn.Module:
     """The family's model with weights not yet loaded (lazy, they take no memory); `base` is mixed into its class."""
     full = settings(config, where)
-    module = importlib.import_module(FAMILIES[full["model_type"]].module)
+    family = _family(full)
+    module = importlib.import_module(family.module)
     cls = module.Model if base is None else type(module.Model.__name__, (base, module.Model), {})
     try:
         model: nn.Module = cls(module.ModelArgs.from_dict(full))
@@ -278,7 +356,7 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None
     mx.eval(mx.random.state)  # or each model leaves its uncomputed draws of initial weights behind
-    if FAMILIES[full["model_type"]].layout == "experts":
+    if family.layout == "experts":
         _check_mixture(model, full, where)
     return model
 
@@ -291,10 +369,9 @@ def _check_mixture(model: nn.Module, config: dict[str, Any], where: str) -> None
         raise ValueError(f"{where}: config.json describes no layer with experts")
     chosen = config["num_experts_per_tok"]
     for switch in switches:
-        if not chosen <= len(switch.up_proj.weight):
-            raise ValueError(
-                f"{where}: num_experts_per_tok {chosen} in config.json, there are {len(switch.up_proj.weight)} experts"
-            )
+        count = len(find(switch, family.parts["up"]).weight)
+        if not chosen <= count:
+            raise ValueError(f"{where}: num_experts_per_tok {chosen} in config.json, there are {count} experts")
         if type(switch.activation).__name__ != SWITCHES[activation]:
             raise ValueError(f"{where}: this mlx-lm computes experts with {type(switch.activation).__name__}")
 
@@ -314,8 +391,9 @@ def graft(layer: Any, path: str, module: nn.Module) -> None:
 
 
 def ffn_layers(model: Any, family: Family) -> list[Any]:
-    """The model's layers whose FFN streams, in order: all, but of mixtures those with experts."""
-    return [layer for layer in model.layers if find(layer, family.ffn) is not None]
+    """The model's layers whose FFN streams, in order: all, but of mixtures and hybrids those that have one."""
+    up = f"{family.ffn}.{family.parts['up']}"
+    return [layer for layer in model.layers if find(layer, up) is not None]
 
 
 def quantization_of(config: dict[str, Any], where: str) -> dict[str, Any] | None:
@@ -359,9 +437,16 @@ def max_positions(config: dict[str, Any]) -> int:
 def kv_values_per_token(config: dict[str, Any]) -> int:
     """Numbers that one token adds to the key-value cache, all layers together."""
     full = settings(config, "")
-    own = FAMILIES[full["model_type"]].kv_values
+    own = _family(full).kv_values
     if own is not None:
-        return int(full["num_hidden_layers"] * own(full))
+        return int(own(full))
     heads = full["num_attention_heads"]
     head_dim = full.get("head_dim") or full["hidden_size"] // heads
     return int(2 * full["num_hidden_layers"] * (full.get("num_key_value_heads") or heads) * head_dim)
+
+
+def state_values(config: dict[str, Any]) -> int:
+    """Numbers that recurrent layers hold of a sequence, however long it is."""
+    full = settings(config, "")
+    own = _family(full).state_values
+    return int(own(full)) if own is not None else 0
