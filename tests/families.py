@@ -53,7 +53,7 @@ def dense_model(bundle):
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlxflash.models import build_model, family_of
+    from mlxflash.models import build_model, family_of, ffn_layers
 
     manifest, config = (json.loads((bundle / name).read_text()) for name in ("manifest.json", "config.json"))
     bits = (manifest["quantization"] or {}).get("bits")
@@ -99,7 +99,7 @@ def dense_model(bundle):
     }
     model = build_model(config, str(bundle))
     family, *_ = family_of(config, str(bundle))
-    for index, (layer, said) in enumerate(zip(model.layers, manifest["layers"], strict=True)):
+    for index, (layer, said) in enumerate(zip(ffn_layers(model, family), manifest["layers"], strict=True)):
         setattr(layer, family.ffn, Dense(index, said))
     if hasattr(model, "sanitize"):
         model.sanitize(dict(weights))

@@ -16,6 +16,7 @@ import mixtures
 from build import load
 
 mx = pytest.importorskip("mlx.core")
+from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlxflash.converters import convert  # noqa: E402
 from mlxflash.converters.checkpoint import CheckpointError  # noqa: E402
@@ -121,8 +122,9 @@ def test_transformers_logits(zoo, kind):
 
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("backend", EXPERTS)
-def test_every_way_of_storing(zoo, backend, stored):
-    source, target = zoo("qwen3_moe", stored, "mlx")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "nemotron_h"])
+def test_every_way_of_storing(zoo, kind, backend, stored):
+    source, target = zoo(kind, stored, "mlx")
     tokens = prompt(12, seed=1)
     with load(target, backend, predictor=None) as model:
         got, read = decode(model, tokens)
@@ -157,12 +159,12 @@ def test_every_budget(zoo, backend, budget):
             assert np.mean(read[12:]) < np.mean(read[:4])
 
 
-@pytest.mark.parametrize("length", [2, 17, 200])
+@pytest.mark.parametrize(("kind", "length"), [("mixtral", 2), ("nemotron_h", 17), ("qwen3_moe", 200)])
 @pytest.mark.parametrize("budget", ["whole", "part", "least"])
 @pytest.mark.parametrize("backend", EXPERTS)
-def test_prompts(zoo, backend, budget, length):
+def test_prompts(zoo, backend, budget, kind, length):
     """A chunk reads each expert that it needs and that is not held once per layer; decoding then goes on."""
-    source, target = zoo("mixtral" if length < 200 else "qwen3_moe")
+    source, target = zoo(kind)
     tokens = prompt(length, seed=length)
     with load(target, backend, budget, predictor=None) as model:
         cache, got = make_prompt_cache(model), []
@@ -256,6 +258,21 @@ def test_dense_layers_among_the_mixtures_stay_resident(zoo):
     assert bundle.num_layers == bundle.config()["num_hidden_layers"] - 1
     with load(target, "native", predictor=None) as model:
         assert type(model.layers[0].mlp).__name__ == "DeepseekV3MLP"
+
+
+def test_what_corrects_scores_is_not_rounded(tmp_path):
+    """float32 beside bfloat16 weights: rounded, it would choose other experts."""
+    mixtures.write(tmp_path / "m", "deepseek_v3", dtype="bfloat16")
+    file = tmp_path / "m" / "model.safetensors"
+    weights = mx.load(str(file))
+    name = next(n for n in weights if n.endswith("e_score_correction_bias"))
+    weights[name] = mx.random.uniform(shape=weights[name].shape)
+    mx.save_safetensors(str(file), weights, metadata={"format": "pt"})
+    convert(tmp_path / "m", tmp_path / "m.flash")
+    with load(tmp_path / "m.flash", "parts-alias", predictor=None) as model:
+        kept = dict(tree_flatten(model.parameters()))[name]
+        assert kept.dtype == mx.float32
+        assert mx.array_equal(kept, weights[name])
 
 
 @pytest.mark.parametrize("backend", EXPERTS)

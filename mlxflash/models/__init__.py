@@ -241,7 +241,11 @@ FAMILIES = {
         **NEMOTRON_H,
     ),
 }
-SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI", "relu2": "ReLU2"}  # what mlx-lm calls the activations between experts' matrices
+SWITCHES = {
+    "silu": "SwiGLU",
+    "clamped": "SwigluOAI",
+    "relu2": "ReLU2",
+}  # what mlx-lm calls the activations between experts' matrices
 
 
 def settings(config: Any, where: str) -> dict[str, Any]:
@@ -394,6 +398,11 @@ def ffn_layers(model: Any, family: Family) -> list[Any]:
     """The model's layers whose FFN streams, in order: all, but of mixtures and hybrids those that have one."""
     up = f"{family.ffn}.{family.parts['up']}"
     return [layer for layer in model.layers if find(layer, up) is not None]
+
+
+def may_cast(model: Any, name: str) -> bool:
+    """Whether the parameter may be held in another dtype than its own, as the model's class says it."""
+    return bool(getattr(model, "cast_predicate", lambda name: True)(name))
 
 
 def quantization_of(config: dict[str, Any], where: str) -> dict[str, Any] | None:

@@ -157,6 +157,11 @@ CASES = {
     | {"model_type": "cohere", "hidden_act": "silu", "logit_scale": 0.5, "layer_norm_eps": 1e-5, "use_qk_norm": True}
     | {"pad_token_id": 0, "tie_word_embeddings": True},
     "ernie4_5": LLAMA | {"model_type": "ernie4_5", "hidden_act": "silu", "use_bias": True, "head_dim": 16},
+    "nemotron_h": LLAMA  # without experts; with: make_mixtures.py
+    | {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*-", "num_hidden_layers": 4, "head_dim": 16}
+    | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "mamba_num_heads": 8, "mamba_head_dim": 16}
+    | {"ssm_state_size": 32, "n_groups": 2, "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
+    | {"attention_bias": False, "mlp_bias": True, "use_bias": False, "mamba_proj_bias": False},
     "starcoder2": LLAMA
     | {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": 100}
     | {"tie_word_embeddings": True},
@@ -212,6 +217,8 @@ def main():
         state = model.state_dict()
         if model.config.tie_word_embeddings:
             state.pop(next(name for name in ("lm_head.weight", "embed_out.weight") if name in state))
+        if config["model_type"] == "nemotron_h":  # transformers renames what it reads
+            state = {name.replace("model.", "backbone."): value for name, value in state.items()}
         shapes = {name: list(value.shape) for name, value in state.items()}
         with torch.no_grad():
             for name, value in state.items():
