@@ -168,12 +168,10 @@ class Checkpoint:
 
     def most_experts(self) -> int:
         """Of any layer; 0 where there are none."""
-        switches = [find(layer, self.family.ffn) for layer in ffn_layers(self._model, self.family)]
-        return (
-            max(len(find(s, self.family.parts["up"]).weight) for s in switches)
-            if self.family.layout == "experts"
-            else 0
-        )
+        if self.family.layout != "experts":
+            return 0
+        up = f"{self.family.ffn}.{self.family.parts['up']}"
+        return max(len(find(layer, up).weight) for layer in ffn_layers(self._model, self.family))
 
     def names(self) -> list[str]:
         return sorted(self.shapes)

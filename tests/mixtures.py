@@ -210,11 +210,8 @@ def unstacked(kind, weights):
         elif ".switch_mlp." in name:
             block, _, rest = name.partition("switch_mlp.")
             part, kind_of = rest.split(".")
-            part = (
-                second[part]
-                if kind in ("mixtral", "phimoe")
-                else {"fc1": "up_proj", "fc2": "down_proj"}.get(part, part)
-            )
+            part = second[part] if kind in ("mixtral", "phimoe") else part.replace("fc1", "up_proj")
+            part = part.replace("fc2", "down_proj")
             for i in range(len(array)):
                 out[f"{block}experts.{i}.{part}.{kind_of}"] = mx.contiguous(array[i])
         else:

@@ -414,6 +414,20 @@ def test_bad_configs(zoo, tmp_path, change):
         assert not (tmp_path / "x.flash").exists()
 
 
+@pytest.mark.parametrize("change", [
+    {"hybrid_override_pattern": "M*"}, {"hybrid_override_pattern": "ME*X"}, {"hybrid_override_pattern": "MEE"},
+    {"moe_latent_size": 32}, {"mlp_hidden_act": "silu"}, {"n_group": 2}, {"mamba_hidden_act": "relu"},
+])  # fmt: skip
+def test_hybrids_that_are_not_computed(zoo, tmp_path, change):
+    source, _ = zoo("nemotron_h")
+    shutil.copytree(source, tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"config\.json|mlp_hidden_act") as refused:
+        convert(tmp_path / "m", tmp_path / "m.flash")
+    assert "\n" not in str(refused.value)
+
+
 def test_experts_that_one_record_cannot_hold(tmp_path):
     settings = AFFINE | {"model.layers.1.mlp.switch_mlp.up_proj": {"group_size": 32, "bits": 8}}
     mixtures.write(tmp_path / "m", "qwen3_moe", "mlx", "bfloat16", settings)

@@ -241,11 +241,7 @@ FAMILIES = {
         **NEMOTRON_H,
     ),
 }
-SWITCHES = {
-    "silu": "SwiGLU",
-    "clamped": "SwigluOAI",
-    "relu2": "ReLU2",
-}  # what mlx-lm calls the activations between experts' matrices
+SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI", "relu2": "ReLU2"}  # mlx-lm's names of experts' activations
 
 
 def settings(config: Any, where: str) -> dict[str, Any]:
@@ -343,6 +339,12 @@ def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             name = family.keys.get(key, key)
             raise ValueError(f"{where}: {name} in config.json is {value!r}, not a positive number")
+    blocks = set(_blocks(config))
+    if family.state_values is not None and not ({"M", "*"} < blocks <= {"M", "*", "E", "-"}):
+        raise ValueError(
+            f"{where}: the layers in config.json are {''.join(sorted(blocks)) or None!r}, not Mamba (M), attention (*)"
+            " and experts (E) or MLPs (-)"
+        )
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if not config.get("head_dim") and width % heads:
         raise ValueError(f"{where}: num_attention_heads {heads} does not divide hidden_size {width} in config.json")
