@@ -332,8 +332,8 @@ def _load_resident(
         raise BundleError(f"{bundle.path / 'manifest.json'}: its biases are not the model's; convert again")
     weights = backend.load(found, reader, direct)
     parts = ffn_parts(found, weights, bundle.num_layers)
-    small = {t.name for t in found if t.is_small and may_cast(model, t.name)}
     dtype = backend.activation_dtype(manifest)
+    small = {t.name for t in found if t.is_small and (dtype == mx.float32 or may_cast(model, t.name))}
     backend.place(model, weights)
     model.load_weights([(name, a.astype(dtype) if name in small else a) for name, a in weights.items()])
     mx.eval(model.parameters())

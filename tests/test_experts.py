@@ -28,7 +28,7 @@ from mlxflash.plan import BudgetError  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden") / "mixtures"
 TOLERANCE = 2e-5
-EXPERTS = ("native", "parts-alias", "parts-copy")  # record- and part-shaped rows are one thing for experts
+EXPERTS = ("native", "parts-alias", "parts-copy", "discrete")  # record- or part-shaped is one thing for experts
 AFFINE = {"group_size": 32, "bits": 4, "mode": "affine"}
 MIXED = AFFINE | {"model.layers.0.mlp.gate": {"group_size": 32, "bits": 8}, "lm_head": {"group_size": 64, "bits": 6}}
 STORED = {
@@ -350,6 +350,14 @@ def test_interrupted_passes_leave_no_trace(zoo, backend, budget):
         assert interrupted > 4
 
 
+def poison(rows, slots):
+    if hasattr(rows, "_pools"):
+        for pool in rows._pools.values():
+            pool[mx.array(slots.astype(np.int32))] = float("nan")
+    else:
+        np.frombuffer(rows._memory.memory, np.uint8).reshape(rows.capacity, -1)[slots] = 0xFF
+
+
 def test_what_other_slots_hold_never_matters(zoo):
     """Slots that no chosen expert is in are filled with NaN before every token."""
     source, target = zoo("qwen3_moe")
@@ -357,10 +365,9 @@ def test_what_other_slots_hold_never_matters(zoo):
     for backend in EXPERTS:
         with load(target, backend, "part", predictor=None) as model:
             for layer in model.flash.layers:
-                raw = np.frombuffer(layer.rows._memory.memory, np.uint8).reshape(layer.window.capacity, -1)
 
-                def poisoned(x, tokens, slots, raw=raw, layer=layer, experts=layer.rows.experts):
-                    raw[np.setdiff1d(np.arange(layer.window.num_rows, len(raw)), slots)] = 0xFF
+                def poisoned(x, tokens, slots, layer=layer, experts=layer.rows.experts):
+                    poison(layer.rows, np.setdiff1d(np.arange(layer.window.num_rows, layer.window.capacity), slots))
                     return experts(x, tokens, slots)
 
                 layer.rows.experts = poisoned

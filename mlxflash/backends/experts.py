@@ -20,15 +20,9 @@ from mlxflash.backends import FFN
 from mlxflash.bundle import ITEM_BYTES
 from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
+from mlxflash.resident import MLX
 
 KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-DTYPES = {
-    "float32": mx.float32,
-    "float16": mx.float16,
-    "bfloat16": mx.bfloat16,
-    "uint32": mx.uint32,
-    "uint8": mx.uint8,
-}
 SORTED = 64  # pairs of token and expert from which MLX's kernels gain by knowing that slots ascend (as in mlx-lm)
 
 
@@ -46,6 +40,9 @@ class ExpertRows(Protocol):
     def take(self, slots: np.ndarray, other: Any, sources: np.ndarray) -> None: ...
 
     def settle(self, discard: bool = False) -> None: ...
+
+    def chosen(self, x: mx.array, indices: mx.array) -> np.ndarray:
+        """What the router chose, int64 [n] of any shape, for the host; waits for it, and for x where that is shared."""
 
     def experts(self, x: mx.array, tokens: Any, slots: Any) -> Any:
         """Row i is the expert in slots[i] (ascending) for x[tokens[i]]: [pairs, d_model] of x [tokens, d_model].
@@ -73,6 +70,10 @@ class _Slots:
 
     def take(self, slots: np.ndarray, other: Any, sources: np.ndarray) -> None:
         self._memory.take(slots, other._memory, sources)
+
+    def chosen(self, x: mx.array, indices: mx.array) -> np.ndarray:
+        mx.eval(x, indices)
+        return np.asarray(indices).reshape(-1).astype(np.int64)
 
 
 # --- native ---------------------------------------------------------------------------------------------------
@@ -187,13 +188,13 @@ class GatherExperts:
         weights, chosen = self._weights(slots)
         count, index = len(slots), mx.array(chosen).astype(mx.uint32)
         rows = mx.expand_dims(x[mx.array(tokens)], -2)
-        first = [self._product(rows, weights, name, index, count) for name in ("gate", "up") if name in weights]
+        first = [self._gather(rows, weights, name, index, count) for name in ("gate", "up") if name in weights]
         hidden = MLX_ACTIVATIONS[self._ffn.activation](*first)
-        y = self._product(hidden, weights, "down", index, count).squeeze(-2)
+        y = self._gather(hidden, weights, "down", index, count).squeeze(-2)
         self._pending = y
         return y
 
-    def _product(self, x: mx.array, weights: dict[str, mx.array], name: str, index: mx.array, count: int) -> mx.array:
+    def _gather(self, x: mx.array, weights: dict[str, mx.array], name: str, index: mx.array, count: int) -> mx.array:
         if self._ffn.bits:
             y = mx.gather_qmm(
                 x, weights[name], weights[f"{name}_scales"], weights.get(f"{name}_biases"),
@@ -238,7 +239,7 @@ class MLXExperts(GatherExperts, _Slots):
         super().__init__(ffn, capacity, memory, staging)
         self._compute = compute
         parts = [p for p in ffn.record.parts if p.offset is not None]
-        floats = {DTYPES[p.dtype] for p in parts if p.dtype in KINDS}
+        floats = {MLX[p.dtype] for p in parts if p.dtype in KINDS}
         self._views: dict[str, mx.array] = {}
         aligned = all((p.offset or 0) % ITEM_BYTES[p.dtype] == 0 for p in parts)
         self.routes_on_device = pool is not None and aligned and (compute is None or floats <= {compute})
@@ -247,7 +248,7 @@ class MLXExperts(GatherExperts, _Slots):
                 assert p.offset is not None
                 size = ITEM_BYTES[p.dtype]
                 inner = (p.shape[1], 1) if len(p.shape) == 2 else (1,)
-                flat = pool.view(DTYPES[p.dtype])
+                flat = pool.view(MLX[p.dtype])
                 self._views[p.name] = mx.as_strided(
                     flat, (capacity, *p.shape), (stride // size, *inner), p.offset // size
                 )
@@ -271,5 +272,5 @@ class MLXExperts(GatherExperts, _Slots):
         raw = np.frombuffer(self._memory.memory, np.uint8).reshape(self.capacity, stride)
         rows = raw[used, part.offset : part.offset + part.num_bytes]
         bits = rows.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size]).reshape(len(used), *part.shape)
-        array = mx.array(bits).view(DTYPES[part.dtype])
+        array = mx.array(bits).view(MLX[part.dtype])
         return array.astype(self._compute) if self._compute and part.dtype in KINDS else array
