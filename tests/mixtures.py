@@ -165,7 +165,7 @@ def make(kind, dtype="float32", quantized=None, **changes):
     model.update(tree_unflatten(weights))
     if quantized:
         config["quantization"] = quantized
-        whole = {k: v for k, v in quantized.items() if not isinstance(v, dict)}
+        whole = {k: v for k, v in quantized.items() if not isinstance(v, dict | bool)}
 
         def settings(path, module):
             return quantized.get(path, hasattr(module, "to_quantized"))

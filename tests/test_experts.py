@@ -242,6 +242,23 @@ def records_part(bundle, entry, name):
     return array if part.dtype == "uint32" else array.view(getattr(mx, part.dtype))
 
 
+@pytest.mark.parametrize("low", [2, 3, 4, 5])
+def test_layers_of_other_bits_and_groups(tmp_path, low):
+    """As mlx-lm's recipes mix them: more bits for some layers' down; besides, smaller groups for another's."""
+    more = {"model.layers.1.mlp.switch_mlp.down_proj": {"group_size": 32, "bits": 6}}
+    more["model.layers.2.mlp.switch_mlp.up_proj"] = {"group_size": 32, "bits": 8}
+    settings = {"group_size": 64, "bits": low, "mode": "affine"} | more
+    source, changes = tmp_path / "m", {"moe_intermediate_size": 128, "hidden_size": 128}
+    mixtures.write(source, "qwen3_moe", "mlx", "float16", settings, **changes)
+    bundle = convert(source, tmp_path / "m.flash")
+    assert bundle.manifest.quantization["bits"] == 8
+    assert bundle.manifest.formats == {"gate": (low, 64), "down": (6, 32)}
+    tokens = prompt(12, seed=13)
+    for backend in EXPERTS:
+        with load(tmp_path / "m.flash", backend, predictor=None) as model:
+            assert_same(decode(model, tokens)[0], dense_logits(source, tokens))
+
+
 def test_quantised_experts_are_copied_verbatim(zoo):
     source, target = zoo("qwen3_moe", "q4", "mlx")
     stored, bundle = mx.load(str(source / "model.safetensors")), Bundle.open(target)
@@ -435,11 +452,16 @@ def test_hybrids_that_are_not_computed(zoo, tmp_path, change):
     assert "\n" not in str(refused.value)
 
 
-def test_experts_that_one_record_cannot_hold(tmp_path):
-    settings = AFFINE | {"model.layers.1.mlp.switch_mlp.up_proj": {"group_size": 32, "bits": 8}}
+@pytest.mark.parametrize(("own", "said"), [
+    (False, "'down' of the experts of layer 1 is not quantised, 'up' of layer 0 is 4-bit affine"),
+    ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "'down' of the experts of layer 1 is 4-bit mxfp4"),
+])  # fmt: skip
+def test_experts_that_one_record_cannot_hold(tmp_path, own, said):
+    settings = AFFINE | {"model.layers.1.mlp.switch_mlp.down_proj": own}
     mixtures.write(tmp_path / "m", "qwen3_moe", "mlx", "bfloat16", settings)
-    with pytest.raises(CheckpointError, match="layer 1"):
+    with pytest.raises(CheckpointError, match=said):
         convert(tmp_path / "m", tmp_path / "m.flash")
+    assert not (tmp_path / "m.flash").exists()
 
 
 def test_quantised_twice(zoo, tmp_path):
@@ -448,7 +470,9 @@ def test_quantised_twice(zoo, tmp_path):
         convert(source, tmp_path / "m.flash", bits=4)
 
 
-@pytest.mark.parametrize("damage", ["part", "shape", "bits", "mode", "order", "dtype", "scales", "activation"])
+@pytest.mark.parametrize(
+    "damage", ["part", "shape", "bits", "mode", "order", "dtype", "scales", "activation", "format", "formats"]
+)
 def test_damaged_manifests(zoo, tmp_path, damage):
     _, target = zoo("qwen3_moe", "q4", "mlx")
     copy = tmp_path / "b.flash"
@@ -463,6 +487,10 @@ def test_damaged_manifests(zoo, tmp_path, damage):
         manifest["quantization"]["bits"] = 8
     elif damage == "mode":
         manifest["quantization"]["mode"] = "mxfp4"
+    elif damage == "format":
+        manifest["quantization"]["parts"] = {"down": {"bits": 6, "group_size": 32}}
+    elif damage == "formats":
+        manifest["quantization"]["parts"] = {"down": {"bits": 4}}
     elif damage == "order":
         parts[0]["name"], parts[3]["name"] = "up", "gate"
     elif damage == "dtype":

@@ -116,8 +116,7 @@ class NativeExperts(_Slots):
         self._call: dict[str, Any] = {}
         self._kind = KINDS.get(matrices[0].dtype, "affine")
         if ffn.bits:
-            scales = KINDS[ffn.record["up_scales"].dtype]
-            self._call = {"scale_dtype": scales, "group": ffn.group_size, "bits": ffn.bits}
+            self._call = {"scale_dtype": KINDS[ffn.record["up_scales"].dtype]}
 
     def settle(self, discard: bool = False) -> None:
         """Nothing is ever pending: kernels run when they are called."""
@@ -141,6 +140,7 @@ class NativeExperts(_Slots):
         more: dict[str, Any] = {}
         if self._ffn.bits:
             more = {"scales": self._bytes(slot, f"{name}_scales"), "biases": self._bytes(slot, f"{name}_biases")}
+            more["bits"], more["group"] = self._ffn.format(name)
         if f"{name}_bias" in self._spans:
             more["bias"] = _floats(self._bytes(slot, f"{name}_bias"), self._ffn.record[f"{name}_bias"].dtype)
         core.matmul(out, x, words, self._kind, len(x), rows, x.shape[1], row_bytes, **self._call, **more)
@@ -196,9 +196,10 @@ class GatherExperts:
 
     def _gather(self, x: mx.array, weights: dict[str, mx.array], name: str, index: mx.array, count: int) -> mx.array:
         if self._ffn.bits:
+            bits, group = self._ffn.format(name)
             y = mx.gather_qmm(
                 x, weights[name], weights[f"{name}_scales"], weights.get(f"{name}_biases"),
-                rhs_indices=index, transpose=True, group_size=self._ffn.group_size, bits=self._ffn.bits,
+                rhs_indices=index, transpose=True, group_size=group, bits=bits,
                 mode=self._ffn.mode, sorted_indices=count >= SORTED,
             )  # fmt: skip
         else:
