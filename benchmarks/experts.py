@@ -45,6 +45,7 @@ from shapes import SHARD_BYTES, FastWriter, Noise, Tensor, TensorWriter, quantis
 from mlxflash.backends import Backend, make_backend
 from mlxflash.bundle import Bundle, Layer, Manifest, Part, make_record, write_manifest
 from mlxflash.decode import reserved_cache
+from mlxflash.diskprofile import DiskProfile, disk_profile
 from mlxflash.flash import FlashModel
 from mlxflash.model import load_bundle
 from mlxflash.models import build_model, graft
@@ -249,6 +250,20 @@ def describe(shape: Mixture) -> str:
     return f"trace: {np.mean(overlap):.0%} of a token's experts are the last one's; half held under LRU hit {rate:.0%}"
 
 
+def inside(shape: Mixture, disk: DiskProfile) -> str:
+    """What a missing expert takes to read whole, and by rows of its neurons, were it sparse inside as
+    TurboSparse-Mixtral's are (arXiv 2406.05955: 85 % of an expert's neurons are zero) and it known which."""
+    lines, active = [], 0.15 * shape.hidden
+    for name, size in (("float16", 2.0), (f"{BITS}-bit", BITS / 8 + 4 / GROUP)):
+        row = 3 * shape.d_model * size
+        whole, rows = disk.sequential(row * shape.hidden), disk.batch(max(row, 4096), active)
+        lines.append(
+            f"an expert of {format_bytes(row * shape.hidden)}, {name}: {1e3 * whole:.1f} ms whole, {1e3 * rows:.1f} ms"
+            f" for the rows of 15 % of its neurons, {format_bytes(row)} each"
+        )
+    return "\n".join(lines)
+
+
 class Replayed(nn.Module):
     """Stands before a layer's experts: the router's answer is computed, the trace's is used."""
 
@@ -373,6 +388,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     stride, file = bundle.manifest.record.stride, bundle.layer_path(bundle.num_layers // 2)
     memory = budget_for(bundle, args.held, backend)
     warm = 32
+    if (disk := disk_profile([file])) is not None:
+        print(inside(shape, disk))
     outcomes = [every_weight(bundle)]
     outcomes[0].held_bytes = 0
     settings: dict[str, Any] = {"memory": memory, "direct": True, "max_kv_size": CONTEXT, "backend": backend}

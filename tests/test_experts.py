@@ -102,7 +102,7 @@ def prompt(length, seed=0):
 def test_every_family(zoo, kind, naming):
     source, target = zoo(kind, naming=naming)
     tokens = prompt(16, seed=4)
-    for backend in ("native", "parts-alias"):
+    for backend in ("native", "parts-alias", "discrete"):
         with load(target, backend, predictor=None) as model:
             assert max(model.flash.plan.capacities) == mixtures.config_of(kind)["num_experts_per_tok"]
             got, read = decode(model, tokens)
@@ -136,7 +136,7 @@ def test_every_way_of_storing(zoo, kind, backend, stored):
 def test_biases_beside_quantised_experts(zoo, stored):
     source, target = zoo("gpt_oss", stored, "mlx")
     tokens = prompt(12, seed=2)
-    for backend in ("native", "parts-alias"):
+    for backend in ("native", "parts-alias", "discrete"):
         with load(target, backend, predictor=None) as model:
             assert_same(decode(model, tokens)[0], dense_logits(source, tokens))
 
@@ -422,8 +422,8 @@ def test_more_experts_per_token_than_there_are(zoo, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"hidden_act": "gelu"}, {"model_type": "mixture"}, {"num_local_experts": 7}, {"intermediate_size": 96},
-    {"num_experts_per_tok": 0}, {"num_experts_per_tok": "two"},
+    {"hidden_act": "gelu"}, {"hidden_act": "relu"}, {"model_type": "mixture"}, {"num_local_experts": 7},
+    {"intermediate_size": 96}, {"num_experts_per_tok": 0}, {"num_experts_per_tok": "two"},
 ])  # fmt: skip
 def test_bad_configs(zoo, tmp_path, change):
     source, target = zoo("mixtral")

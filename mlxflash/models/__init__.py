@@ -207,6 +207,7 @@ FAMILIES = {
     "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu"}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
+    # A Mixtral with ReLU is refused: transformers' class means the gate's by it, TurboSparse-Mixtral's own code dReLU
     "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp"),
     "qwen2_moe": mixture("qwen2_moe", fixed={"norm_topk_prob": False}),
     "qwen3_moe": mixture("qwen3_moe"),
