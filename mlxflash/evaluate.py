@@ -146,6 +146,8 @@ class Dense:
         progress: Progress = lambda what, done, total: None,
     ):
         check_length(tokens)
+        if bundle.manifest.layout == "experts":
+            raise ValueError(f"{bundle.path}: a mixture is computed exactly; there is no loss of fidelity to measure")
         self.bundle, self.memory, self.device, self.progress = bundle, memory, device, progress
         tokens = tokens[: num_tokens + 1]
         length = min(context, max_positions(bundle.config()) - 1)
@@ -383,7 +385,7 @@ def _load(bundle: Bundle, dense: Dense, **settings: Any) -> FlashModel:
 def _watch(model: FlashModel, bundle: Bundle, folder: Path) -> Sequence[_Watch]:
     family, *_ = family_of(bundle.config(), str(bundle.path))
     watches = []
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(model.flash.owners):
         watches.append(_Watch(getattr(layer, family.ffn), folder / f"inputs-{index:03d}.f32"))
         setattr(layer, family.ffn, watches[-1])
     return watches

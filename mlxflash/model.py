@@ -183,6 +183,7 @@ def load_bundle(
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
         reader = CheckedReader(reader, manifest.record, sums)
     flash = Flash(bundle, plan, reader, backend, mode, name, level, chosen.expected, said)
+    flash.owners = streamed
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)

@@ -22,8 +22,9 @@ from mlxflash.converters import convert  # noqa: E402
 from mlxflash.converters.checkpoint import CheckpointError  # noqa: E402
 
 from mlxflash.bundle import Bundle, BundleError  # noqa: E402
+from mlxflash.evaluate import Dense  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
-from mlxflash.models import FAMILIES  # noqa: E402
+from mlxflash.models import FAMILIES, kv_values_per_token, state_values  # noqa: E402
 from mlxflash.plan import BudgetError  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden") / "mixtures"
@@ -408,6 +409,24 @@ def test_predictors_are_refused(zoo, predictor):
     _, target = zoo("mixtral")
     with pytest.raises(ValueError, match="router"):
         load_bundle(target, predictor=predictor)
+
+
+def test_fidelity_is_not_measured(zoo):
+    _, target = zoo("mixtral")
+    with pytest.raises(ValueError, match="computed exactly"):
+        Dense(Bundle.open(target), np.arange(100))
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "deepseek_v3", "mixtral"])
+def test_a_sequence_takes_what_is_planned_for_it(zoo, kind):
+    _, target = zoo(kind)
+    with load(target, "parts-alias", predictor=None) as model:
+        cache = make_prompt_cache(model)
+        model(mx.array([prompt(256)]), cache=cache)  # key-value caches grow by 256
+        config = model.flash.bundle.config()
+        planned = 256 * kv_values_per_token(config) + state_values(config)
+        held = [a for _, a in tree_flatten([c.state for c in cache]) if isinstance(a, mx.array)]
+        assert sum(a.nbytes for a in held) == 4 * planned
 
 
 def test_more_experts_per_token_than_there_are(zoo, tmp_path):
