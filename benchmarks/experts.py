@@ -14,7 +14,12 @@ hit about 80 % (llama.cpp PR #27861: 81 %) and that tokens share about a quarter
 
 Limits are the disk's rate at records of this size (fio's, or our reader's) and the memory rate.
 
-What it does not show: text, other routers' locality, look-ahead, a MacBook.
+Before that, what asking for the next layer's experts a layer early would do to the reads, counted in a window that
+reads nothing: guesses are the trace's scores with noise, as much as gives the recall that is published of applying the
+next router to this layer's input (0.7 to 0.9). Right ones may hide their reads behind the layer before; wrong ones are
+reads in vain, and push out experts that would have been wanted.
+
+What it does not show: text, other routers' locality, a MacBook.
 
     python benchmarks/experts.py --shape qwen3-30b-a3b [--layers 8] [--held 0.5] [--dir FOLDER]
 """
@@ -27,7 +32,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,12 +45,14 @@ from shapes import SHARD_BYTES, FastWriter, Noise, Tensor, TensorWriter, quantis
 from mlxflash.backends import Backend, make_backend
 from mlxflash.bundle import Bundle, Layer, Manifest, Part, make_record, write_manifest
 from mlxflash.decode import reserved_cache
+from mlxflash.diskprofile import DiskProfile, disk_profile
 from mlxflash.flash import FlashModel
 from mlxflash.model import load_bundle
 from mlxflash.models import build_model, graft
 from mlxflash.plan import BudgetError, format_bytes
 from mlxflash.pool import host_memory
 from mlxflash.reader import File, make_reader
+from mlxflash.window import Window
 
 BITS, GROUP, CONTEXT = 4, 64, 640
 BLOCK_BYTES = 8 << 20
@@ -151,15 +158,79 @@ def write_bundle(shape: Mixture, target: Path) -> None:
     os.rename(partial, target)
 
 
-def routes(shape: Mixture, tokens: int, seed: int) -> np.ndarray:
-    """Which experts a layer's tokens choose, uint32 [tokens, chosen]."""
+def scores(shape: Mixture, tokens: int, seed: int) -> np.ndarray:
+    """What a layer's router says of each token's experts: [tokens, experts]."""
     rng = np.random.default_rng(seed)
     favour = shape.spread * rng.standard_normal(shape.experts)
     state, rows = rng.standard_normal(shape.experts), []
     for _ in range(tokens):
         state = shape.memory * state + (1 - shape.memory**2) ** 0.5 * rng.standard_normal(shape.experts)
-        rows.append(np.argpartition(-(favour + state), shape.chosen - 1)[: shape.chosen])
-    return np.array(rows, np.uint32)
+        rows.append(favour + state)
+    return np.array(rows)
+
+
+def best(shape: Mixture, said: np.ndarray) -> np.ndarray:
+    """The experts with the highest scores, uint32 [tokens, chosen]."""
+    return np.argpartition(-said, shape.chosen - 1, axis=1)[:, : shape.chosen].astype(np.uint32)
+
+
+def routes(shape: Mixture, tokens: int, seed: int) -> np.ndarray:
+    """Which experts a layer's tokens choose, uint32 [tokens, chosen]."""
+    return best(shape, scores(shape, tokens, seed))
+
+
+def guesses(shape: Mixture, said: np.ndarray, recall: float, seed: int) -> np.ndarray:
+    """The best of scores with noise, so much that `recall` of what is chosen is among them."""
+    noise, right = np.random.default_rng(seed).standard_normal(said.shape), best(shape, said)
+    low, high = 0.0, 10.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        found = best(shape, said + middle * noise)
+        hits = np.mean([np.isin(a, b).mean() for a, b in zip(right, found, strict=True)])
+        low, high = (middle, high) if hits > recall else (low, middle)
+    return found
+
+
+class NoRows:
+    """Rows for a window of which only the maps are of interest; and their landing."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+
+    def settle(self, discard: bool = False) -> None: ...
+
+    def land(self, *what: Any) -> "NoRows":
+        return self
+
+    def wait(self) -> None: ...
+
+
+def look_ahead(shape: Mixture, held: float) -> str:
+    """Reads per layer and token with experts named a layer early, at published recalls, and without."""
+    lines, count, nothing = [], 600, np.empty(0, np.int64)
+    for recall in (None, 0.7, 0.8, 0.9):
+        early = wanted = late = 0
+        for seed in range(4):
+            said = scores(shape, count, seed)
+            window = Window(shape.experts, NoRows(round(held * shape.experts)), *(cast(Any, None),) * 2)
+            named = guesses(shape, said, recall, seed) if recall else np.empty((count, 0), np.uint32)
+            for t, (guess, right) in enumerate(zip(named, best(shape, said), strict=True)):
+                asked = np.sort(guess).astype(np.int64) if recall else nothing
+                new, before = asked[window.slot_of[asked] < 0], window.num_misses
+                ticket = window.request(asked)
+                window.add(ticket, np.sort(right).astype(np.int64))
+                assert not len(ticket.left)
+                window.ready(ticket)
+                if t >= 100:
+                    early, wanted = early + len(new), wanted + int(np.isin(new, right).sum())
+                    late += window.num_misses - before - len(new)
+        early, wanted, late = (n / 4 / (count - 100) for n in (early, wanted, late))
+        name = f"{recall:.0%} named a layer early" if recall else "nothing named early"
+        lines.append(
+            f"{name}: {early + late:.2f} reads per layer and token, {wanted:.2f} early, {early - wanted:.2f} in vain,"
+            f" {late:.2f} late"
+        )
+    return "\n".join(lines)
 
 
 def describe(shape: Mixture) -> str:
@@ -177,6 +248,20 @@ def describe(shape: Mixture) -> str:
             last[row] = t
     rate = hits / asked
     return f"trace: {np.mean(overlap):.0%} of a token's experts are the last one's; half held under LRU hit {rate:.0%}"
+
+
+def inside(shape: Mixture, disk: DiskProfile) -> str:
+    """What a missing expert takes to read whole, and by rows of its neurons, were it sparse inside as
+    TurboSparse-Mixtral's are (arXiv 2406.05955: 85 % of an expert's neurons are zero) and it known which."""
+    lines, active = [], 0.15 * shape.hidden
+    for name, size in (("float16", 2.0), (f"{BITS}-bit", BITS / 8 + 4 / GROUP)):
+        row = 3 * shape.d_model * size
+        whole, rows = disk.sequential(row * shape.hidden), disk.batch(max(row, 4096), active)
+        lines.append(
+            f"an expert of {format_bytes(row * shape.hidden)}, {name}: {1e3 * whole:.1f} ms whole, {1e3 * rows:.1f} ms"
+            f" for the rows of 15 % of its neurons, {format_bytes(row)} each"
+        )
+    return "\n".join(lines)
 
 
 class Replayed(nn.Module):
@@ -299,9 +384,12 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     if backend.name != "metal":
         mx.set_default_device(mx.cpu)
     print(describe(shape))
+    print(look_ahead(shape, args.held))
     stride, file = bundle.manifest.record.stride, bundle.layer_path(bundle.num_layers // 2)
     memory = budget_for(bundle, args.held, backend)
     warm = 32
+    if (disk := disk_profile([file])) is not None:
+        print(inside(shape, disk))
     outcomes = [every_weight(bundle)]
     outcomes[0].held_bytes = 0
     settings: dict[str, Any] = {"memory": memory, "direct": True, "max_kv_size": CONTEXT, "backend": backend}

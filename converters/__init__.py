@@ -245,7 +245,8 @@ class _Job:
                 kind = mx.float16 if self.dtype == "float32" else DTYPES[self.dtype]
                 new = {name: words, f"{module}.scales": scales.astype(kind), f"{module}.biases": biases.astype(kind)}
             else:
-                new = {name: array.astype(DTYPES[self.dtype]) if array.dtype in DTYPES.values() else array}
+                cast = array.dtype in DTYPES.values() and self.checkpoint.castable(name)
+                new = {name: array.astype(DTYPES[self.dtype]) if cast else array}
             mx.eval(list(new.values()))
             shard.update(new)
             if sum(a.nbytes for a in shard.values()) >= SHARD_BYTES:

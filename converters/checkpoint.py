@@ -10,7 +10,16 @@ from mlx.utils import tree_flatten
 from mlxflash.converters.torch_zip import TorchFileError, as_safetensors, tensors
 from safetensors import SafetensorError, safe_open
 
-from mlxflash.models import build_model, family_of, ffn_layers, find, quantise, quantization_of, text_of
+from mlxflash.models import (
+    build_model,
+    family_of,
+    ffn_layers,
+    find,
+    may_cast,
+    quantise,
+    quantization_of,
+    text_of,
+)
 
 FLOATS = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 DTYPES = FLOATS | {mx.uint32: "uint32", mx.uint8: "uint8"}
@@ -170,6 +179,10 @@ class Checkpoint:
             and not (name.startswith(blocks) and len(cast(Any, module).weight) <= self.most_experts())
         }
 
+    def castable(self, name: str) -> bool:
+        """Whether a tensor may be stored in another dtype: what corrects a router's scores, say, may not."""
+        return may_cast(self._model, name)
+
     def quantised_as(self, path: str) -> dict[str, Any] | None:
         """How the module at `path` is quantised, or None."""
         module: Any = next(module for name, module in self._model.named_modules() if name == path)
@@ -177,8 +190,10 @@ class Checkpoint:
 
     def most_experts(self) -> int:
         """Of any layer; 0 where there are none."""
-        switches = [find(layer, self.family.ffn) for layer in ffn_layers(self._model, self.family)]
-        return max(len(s.up_proj.weight) for s in switches) if self.family.layout == "experts" else 0
+        if self.family.layout != "experts":
+            return 0
+        up = f"{self.family.ffn}.{self.family.parts['up']}"
+        return max(len(find(layer, up).weight) for layer in ffn_layers(self._model, self.family))
 
     def names(self) -> list[str]:
         return sorted(self.shapes)

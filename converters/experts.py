@@ -1,7 +1,10 @@
-"""Experts, one record each: the whole matrices gate and up [hidden, d_model] and down [d_model, hidden] as MLX's
-gather operations take them, with what quantisation adds and, where the family has them, biases.
+"""Experts, one record each: the whole matrices gate (where they have one) and up [hidden, d_model] and down
+[d_model, hidden] as MLX's gather operations take them, with what quantisation adds and, where the family has them,
+biases.
 
 What is quantised already is copied as it is: a record's bytes are then the checkpoint's, and the output is mlx-lm's.
+Where layers differ in bits or groups, those with fewer bits are written with as many as the others have, in their
+groups: every layer then has one format, and no value changes.
 (By rows of neurons, as dense layouts are stored, `down`, which is quantised along the neurons, would have to be
 quantised again.) One expert is in memory at a time where the checkpoint stores it as tensors of its own or as a slice
 of a stacked one; where the model's class computes it of others (fused or interleaved), one part of a layer.
@@ -19,7 +22,6 @@ from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
 
 from mlxflash.bundle import Part, make_record
 
-PARTS = ("gate", "up", "down")
 ALIASES = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}  # in `experts.N`
 KINDS = {"weight": "", "scales": "_scales", "biases": "_biases", "bias": "_bias"}  # of a module's tensors, and of parts
 CODES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
@@ -58,6 +60,12 @@ class Experts:
         self._dtype: mx.Dtype = getattr(mx, dtype)
         self._bits, self._group = bits, group_size
         self._whole: dict[str, mx.array] = {}  # a layer's stacked tensors, where the model's class computes them
+        layers = range(checkpoint.num_layers())  # how each part is quantised: in every layer, and to be stored
+        self._own = {
+            part: [checkpoint.quantised_as(self._path(layer, part, "weight")[: -len(".weight")]) for layer in layers]
+            for part in checkpoint.family.parts
+        }
+        self._formats = {part: self._common(part) for part in checkpoint.family.parts}
         first = self._arrays(0, 0)
         hidden = checkpoint.shapes[self._path(0, "up", "weight")][1]
         if bits and hidden % group_size:
@@ -79,7 +87,28 @@ class Experts:
         """How the experts are quantised, as a manifest says it."""
         if self._bits:
             return {"bits": self._bits, "group_size": self._group, "mode": "affine"}
-        return self._checkpoint.quantised_as(self._path(0, "up", "weight").removesuffix(".weight"))
+        most = self._formats["up"]
+        if most is None:
+            return None
+        keys = ("bits", "group_size")
+        other = {part: {k: own[k] for k in keys} for part, own in self._formats.items() if own and own != most}
+        return most | ({"parts": other} if other else {})
+
+    def _common(self, part: str) -> dict[str, Any] | None:
+        """Of a matrix of every layer's experts: the most bits and the smallest groups of any, which hold what other
+        layers have without a change of any value."""
+        first = self._own["up"][0]
+        for layer, own in enumerate(self._own[part]):
+            if (own and own["mode"]) != (first and first["mode"]):
+                raise CheckpointError(
+                    f"{self._checkpoint.path}: {part!r} of the experts of layer {layer} is {_words(own)}, 'up' of layer"
+                    f" 0 is {_words(first)}; a bundle holds experts of one kind"
+                )
+        formats = [own for own in self._own[part] if own is not None]
+        if not formats:
+            return None
+        bits, group = max(own["bits"] for own in formats), min(own["group_size"] for own in formats)
+        return formats[0] | {"bits": bits, "group_size": group}
 
     def records(self, layer: int) -> Iterator[np.ndarray]:
         """One expert's record at a time, uint8 [1, stride]."""
@@ -104,7 +133,7 @@ class Experts:
     def _arrays(self, layer: int, expert: int) -> dict[str, mx.array]:
         """An expert's parts as they are to be stored."""
         arrays: dict[str, mx.array] = {}
-        for part in PARTS:
+        for part in self._checkpoint.family.parts:
             for kind, suffix in KINDS.items():
                 path = self._path(layer, part, kind)
                 if path not in self._checkpoint.shapes:
@@ -115,6 +144,7 @@ class Experts:
                     if kind in ("weight", "bias"):
                         array = array.astype(self._dtype)
                         _check_finite(array, f"{self._checkpoint.path}: {path} overflows {DTYPES[self._dtype]}")
+                array = self._in_common(array, kind, layer, part)
                 if kind == "weight" and self._bits:
                     arrays[part], arrays[f"{part}_scales"], arrays[f"{part}_biases"] = mx.quantize(
                         array, self._group, self._bits
@@ -122,6 +152,15 @@ class Experts:
                 else:
                     arrays[f"{part}{suffix}"] = array
         return arrays
+
+    def _in_common(self, array: mx.array, kind: str, layer: int, part: str) -> mx.array:
+        """Words, scales or biases of a quantised matrix in the format that this part has in all layers."""
+        own, common = self._own[part][layer], self._formats[part]
+        if own == common or own is None or common is None or kind == "bias":
+            return array
+        if kind == "weight":
+            return widen(array, own["bits"], common["bits"])
+        return mx.repeat(array, own["group_size"] // common["group_size"], axis=-1)
 
     def _path(self, layer: int, part: str, kind: str) -> str:
         return f"{self._checkpoint.ffn_path(layer)}.{self._checkpoint.family.parts[part]}.{kind}"
@@ -139,6 +178,20 @@ class Experts:
         if path not in self._whole:
             self._whole[path] = self._checkpoint.tensor(path)
         return self._whole[path][expert]
+
+
+def widen(words: mx.array, bits: int, to: int) -> mx.array:
+    """The same numbers in `to` bits each for `bits`: uint32 [rows, n] as MLX packs them, one after another from the
+    lowest bit on. With the same scales and biases they stand for the same weights."""
+    rows = []
+    for row in np.array(words):  # unpacked, a bit is a byte
+        numbers = np.unpackbits(row.view(np.uint8), bitorder="little").reshape(-1, bits)
+        rows.append(np.packbits(np.pad(numbers, ((0, 0), (0, to - bits))), bitorder="little").view(np.uint32))
+    return mx.array(np.stack(rows))
+
+
+def _words(own: dict[str, Any] | None) -> str:
+    return f"{own['bits']}-bit {own['mode']}" if own else "not quantised"
 
 
 def _check_finite(array: mx.array, message: str) -> None:

@@ -112,7 +112,7 @@ class Manifest:
     activation: str
     dtype: str  # of the float parts and of the activations
     d_model: int
-    quantization: dict[str, Any] | None  # {"bits", "group_size", "mode"} of the streamed parts
+    quantization: dict[str, Any] | None  # {"bits", "group_size", "mode"} of the streamed parts; "parts": see formats
     record: Record
     layers: tuple[Layer, ...]
     source: str = ""
@@ -121,9 +121,16 @@ class Manifest:
     calibration: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def formats(self) -> dict[str, tuple[int, int]]:
+        """Bits and group size of quantised parts that have others than the rest."""
+        parts = (self.quantization or {}).get("parts", {})
+        return {name: (own["bits"], own["group_size"]) for name, own in parts.items()}
+
+    @property
     def sparse(self) -> bool:
-        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams."""
-        return self.activation in SPARSE_ACTIVATIONS
+        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams. Experts,
+        which have neurons of their own, may not."""
+        return self.activation in SPARSE_ACTIVATIONS and self.layout != "experts"
 
     @property
     def routed(self) -> bool:
@@ -368,6 +375,9 @@ def _parse_manifest(data: Any, where: str) -> Manifest:
     if quantization is not None:
         for key in ("bits", "group_size"):
             _get(quantization, key, int, f"{where}, quantization")
+        for name, own in _get({"parts": {}} | quantization, "parts", dict, f"{where}, quantization").items():
+            for key in ("bits", "group_size"):
+                _get(own, key, int, f"{where}, quantization of {name!r}")
         if (mode := _get(quantization, "mode", str, f"{where}, quantization")) not in MODES:
             raise BundleError(f"{where}: quantization mode {mode!r} is unknown; convert again")
     dtype = _get(data, "dtype", str, where)

@@ -207,7 +207,7 @@ def _own_text(model: FlashModel, length: int, progress: Progress) -> list[np.nda
 def record_inputs(model: FlashModel) -> list[Recorder]:
     """Put a Recorder before every FFN."""
     recorders = []
-    for layer in model.layers:
+    for layer in model.flash.owners:
         name = next(name for name, module in layer.children().items() if type(module).__name__ == "FlashFFN")
         recorders.append(Recorder(getattr(layer, name)))
         setattr(layer, name, recorders[-1])

@@ -180,6 +180,9 @@ KNOWN = {
     "olmoe-1b-7b": Known(
         "allenai/OLMoE-1B-7B-0924", "silu", True, 16, 2048, 1024, 16, 16, 50304, 4096, experts=64, chosen=8
     ),
+    "phi-3.5-moe": Known(
+        "microsoft/Phi-3.5-MoE-instruct", "silu", True, 32, 4096, 6400, 32, 8, 32064, 4096, experts=16, chosen=2
+    ),
     "mistral-7b": Known("mistralai/Mistral-7B-v0.1", "silu", True, 32, 4096, 14336, 32, 8, 32000, 4096),
     "qwen2.5-7b": Known("Qwen/Qwen2.5-7B", "silu", True, 28, 3584, 18944, 28, 4, 152064, 131072),
     "qwen2.5-32b": Known("Qwen/Qwen2.5-32B", "silu", True, 64, 5120, 27648, 40, 8, 152064, 131072),

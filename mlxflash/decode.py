@@ -58,7 +58,7 @@ def stream_generate(
     vocabulary = flash.bundle.config()["vocab_size"]
     if len(tokens) and max(tokens) >= vocabulary:
         raise ValueError(f"token {max(tokens)} of the prompt is beyond the model's vocabulary of {vocabulary}")
-    room = context_of(model, max_kv_size) - (prompt_cache[0].offset if prompt_cache else 0)
+    room = context_of(model, max_kv_size) - max((getattr(c, "offset", 0) for c in prompt_cache or ()), default=0)
     if len(tokens) > room:
         raise ValueError(f"the prompt has {len(tokens)} tokens, this model has room for {room}")
     limit = min(max_tokens if max_tokens > 0 else room, room - len(tokens) + 1)

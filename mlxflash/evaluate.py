@@ -20,7 +20,7 @@ from mlxflash.bundle import Bundle
 from mlxflash.decode import reserved_cache
 from mlxflash.flash import FlashModel
 from mlxflash.model import load_bundle
-from mlxflash.models import family_of, ffn_layers, find, graft, max_positions
+from mlxflash.models import family_of, max_positions
 from mlxflash.predictor import Ids, deciding
 
 STRETCH = 512  # tokens: longer contexts cost time and say nothing more of the FFNs
@@ -145,6 +145,8 @@ class Dense:
         progress: Progress = lambda what, done, total: None,
     ):
         check_length(tokens)
+        if bundle.manifest.layout == "experts":
+            raise ValueError(f"{bundle.path}: a mixture is computed exactly; there is no loss of fidelity to measure")
         self.bundle, self.memory, self.device, self.progress = bundle, memory, device, progress
         tokens = tokens[: num_tokens + 1]
         length = min(context, max_positions(bundle.config()) - 1)
@@ -386,7 +388,7 @@ def _load(bundle: Bundle, dense: Dense, **settings: Any) -> FlashModel:
 def _watch(model: FlashModel, bundle: Bundle, folder: Path) -> Sequence[_Watch]:
     family, *_ = family_of(bundle.config(), str(bundle.path))
     watches = []
-    for index, layer in enumerate(ffn_layers(model, family)):
-        watches.append(_Watch(find(layer, family.ffn), folder / f"inputs-{index:03d}.f32"))
-        graft(layer, family.ffn, watches[-1])
+    for index, layer in enumerate(model.flash.owners):
+        watches.append(_Watch(getattr(layer, family.ffn), folder / f"inputs-{index:03d}.f32"))
+        setattr(layer, family.ffn, watches[-1])
     return watches

@@ -37,8 +37,7 @@ class FlashExperts(nn.Module):
         if layer.fixed and rows.routes_on_device:
             y = _resident(rows, tokens, indices.reshape(-1), k)
         else:
-            mx.eval(tokens, indices)
-            y = self._route(rows, tokens, np.asarray(indices).reshape(-1).astype(np.int64), k)
+            y = self._route(rows, tokens, rows.chosen(tokens, indices), k)
         return y.reshape(*indices.shape, x.shape[-1])
 
     def _route(self, rows: ExpertRows, x: mx.array, chosen: np.ndarray, k: int) -> mx.array:

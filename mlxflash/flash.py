@@ -100,6 +100,7 @@ class Flash:
         self.bundle, self.plan, self.reader, self.backend, self.mode = bundle, plan, reader, backend, mode
         self.predictor, self.level, self.forecast, self.choice = predictor, level, forecast, choice
         self.layers: list[FlashLayer] = []
+        self.owners: list[Any] = []  # the model's layers that these belong to: of hybrids not all
         self.files: list[File] = []
         self.stagings: list[Any] = []  # where units land on their way; each has `reset`
         self.times = Times()

@@ -32,6 +32,7 @@ from mlxflash.models import (
     find,
     graft,
     max_positions,
+    may_cast,
     quantise,
     quantization_of,
     settings,
@@ -101,11 +102,8 @@ def load_bundle(
     if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     mixture = family.layout == "experts"  # of which dense layers may be a part
-    layers = config["num_hidden_layers"] if family.ffn == "mlp" else bundle.num_layers  # not all of which may stream
-    if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], layers):
-        raise BundleError(
-            f"{where}: made of {bundle.num_layers} layers of width {manifest.d_model}, config.json says otherwise"
-        )
+    if manifest.d_model != config["hidden_size"]:
+        raise BundleError(f"{where}: made of layers of width {manifest.d_model}, config.json says otherwise")
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a window spans at least 1 token")
     if fidelity not in (None, *FIDELITIES):
@@ -186,6 +184,7 @@ def load_bundle(
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
         reader = CheckedReader(reader, manifest.record, sums)
     flash = Flash(bundle, plan, reader, backend, mode, name, level, chosen.expected, said)
+    flash.owners = streamed
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
@@ -336,7 +335,8 @@ def _load_resident(
         raise BundleError(f"{bundle.path / 'manifest.json'}: its biases are not the model's; convert again")
     weights = backend.load(found, reader, direct)
     parts = ffn_parts(found, weights, bundle.num_layers)
-    small, dtype = {t.name for t in found if t.is_small}, backend.activation_dtype(manifest)
+    dtype = backend.activation_dtype(manifest)
+    small = {t.name for t in found if t.is_small and (dtype == mx.float32 or may_cast(model, t.name))}
     backend.place(model, weights)
     model.load_weights([(name, a.astype(dtype) if name in small else a) for name, a in weights.items()])
     mx.eval(model.parameters())
@@ -351,6 +351,7 @@ def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> N
     hidden = manifest.record["up_scales" if manifest.quantization else "up"].shape[0]
     units, d = manifest.layers[index].units, manifest.d_model
     biased = "bias" in attrgetter(family.parts["up"])(switch)
-    said = {"gate": (units, hidden, d), "up": (units, hidden, d), "down": (units, d, hidden)}
-    if shapes != said or biased != ("up_bias" in manifest.record):
+    said = {part: (units, d, hidden) if part == "down" else (units, hidden, d) for part in family.parts}
+    as_said = [f"{part}_bias" in manifest.record for part in family.parts] == [biased] * len(said)
+    if shapes != said or not as_said or ("gate" in manifest.record) != ("gate" in said):
         raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")

@@ -272,7 +272,7 @@ def _measure(
 ) -> list[Point]:
     """What each of `rows` ways to thin, `keep_of(layer)(row + 1, ...)`, costs on the sequences."""
     family, *_ = family_of(bundle.config(), str(bundle.path))
-    for index, layer in enumerate(model.layers):
+    for index, layer in enumerate(model.flash.owners):
         bias = model.flash.layers[index].down_bias
         setattr(layer, family.ffn, Thin(bundle, index, bias, keep_of(index)))
     kl: list[np.ndarray] = []

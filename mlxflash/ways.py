@@ -9,15 +9,8 @@ from mlxflash.diskprofile import DiskProfile
 from mlxflash.fidelity import Level
 from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.misses import MissCurve
-from mlxflash.models import (
-    kv_values_per_token,
-)
-from mlxflash.plan import (
-    LAYER_OBJECTS,
-    MIN_SLOTS,
-    Plan,
-    Sizes,
-)
+from mlxflash.models import kv_values_per_token, state_values
+from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, Plan, Sizes
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
 
@@ -127,7 +120,7 @@ def sizes_of(
         token = max(units) * (item + 2)  # what the predictor says of each unit
     return Sizes(
         model=stored + bundle.streamed_bytes(),
-        resident=resident,
+        resident=resident + 4 * state_values(config),
         objects=bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn)),
         predictor=predictor_bytes,
         units=units,

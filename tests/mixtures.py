@@ -96,6 +96,51 @@ CONFIGS = {
         }
     },
     "deepseek_v3": LATENT | {"topk_method": "noaux_tc", "norm_topk_prob": True},
+    "phimoe": {
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 96,
+        "router_jitter_noise": 0.01,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "original_max_position_embeddings": 256,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 1.8, 2.0, 2.2, 2.4],
+            "long_factor": [1.5, 2.0, 3.0, 5.0, 9.0, 17.0, 33.0, 65.0],
+            "short_mscale": 1.2,
+            "long_mscale": 1.4,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "nemotron_h": {
+        "hybrid_override_pattern": "ME*-ME",
+        "num_hidden_layers": 6,
+        "intermediate_size": 128,
+        "mlp_hidden_act": "relu2",
+        "layer_norm_epsilon": 1e-5,
+        "head_dim": 16,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "mamba_proj_bias": False,
+        "mamba_hidden_act": "silu",
+        "ssm_state_size": 32,
+        "n_groups": 2,
+        "conv_kernel": 4,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 96,
+        "moe_shared_expert_intermediate_size": 96,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 }
 NAMES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -114,13 +159,13 @@ def make(kind, dtype="float32", quantized=None, **changes):
         rng = np.random.default_rng(zlib.crc32(f"{kind}/{name}".encode()))
         scale = 2.5 / np.sqrt(array.shape[-1]) if array.ndim > 1 else 0.1
         values = rng.standard_normal(array.shape).astype(np.float32) * scale
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
             values = 1 + values
         weights.append((name, mx.array(values).astype(NAMES[dtype])))
     model.update(tree_unflatten(weights))
     if quantized:
         config["quantization"] = quantized
-        whole = {k: v for k, v in quantized.items() if not isinstance(v, dict)}
+        whole = {k: v for k, v in quantized.items() if not isinstance(v, dict | bool)}
 
         def settings(path, module):
             return quantized.get(path, hasattr(module, "to_quantized"))
@@ -160,10 +205,13 @@ def unstacked(kind, weights):
             out[name.replace("embed_q", "kv_b_proj")] = both.reshape(-1, both.shape[-1])
         elif "self_attn.unembed_out" in name:
             continue
+        elif name.endswith("conv1d.weight"):
+            out[name] = mx.contiguous(array.swapaxes(1, 2))
         elif ".switch_mlp." in name:
             block, _, rest = name.partition("switch_mlp.")
             part, kind_of = rest.split(".")
-            part = second[part] if kind == "mixtral" else part
+            part = second[part] if kind in ("mixtral", "phimoe") else part.replace("fc1", "up_proj")
+            part = part.replace("fc2", "down_proj")
             for i in range(len(array)):
                 out[f"{block}experts.{i}.{part}.{kind_of}"] = mx.contiguous(array[i])
         else:
@@ -173,10 +221,14 @@ def unstacked(kind, weights):
 
 
 def reference(path):
-    """The checkpoint as mlx-lm loads it, every number float32."""
+    """The checkpoint as mlx-lm loads it, every number float32; Phi-MoE with the short factors for the long ones, which
+    mlx-lm takes at any length (transformers, and we, take the short ones)."""
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(path)
+    config = json.loads((path / "config.json").read_text())
+    rope = config.get("rope_scaling") or {}
+    short = {k.replace("short", "long"): v for k, v in rope.items() if k.startswith("short")}
+    model, _ = load_model(path, model_config={"rope_scaling": rope | short} if short else {})
     model.update(
         tree_unflatten(
             [

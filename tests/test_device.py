@@ -12,6 +12,7 @@ Exactness on the same device is test_exactness.py's, as for every backend.
 import numpy as np
 import pytest
 
+import mixtures
 from build import BACKENDS, Shape, load, prompt_of
 
 mx = pytest.importorskip("mlx.core")
@@ -155,6 +156,60 @@ def test_a_token_waits_at_most_once_per_layer(library, look_ahead):
         before = model.flash.backend.traffic.syncs
         decode(model, prompt_of(10), cache)
         assert model.flash.backend.traffic.syncs - before <= 10 * WIDE.layers
+
+
+# Experts
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "nemotron_h"])
+def mixture(request, tmp_path_factory):
+    """A quantised mixture's bundle, with a gate and without."""
+    from mlxflash.converters import convert
+
+    folder = tmp_path_factory.mktemp("mixture")
+    settings = {"group_size": 32, "bits": 4, "mode": "affine"}
+    mixtures.write(folder / "m", request.param, "mlx", "float32", settings)
+    convert(folder / "m", folder / "m.flash")
+    return folder / "m.flash"
+
+
+@pytest.mark.parametrize("budget", ["whole", "part", "least"])
+def test_nothing_touches_experts_from_the_host(mixture, guard, budget):
+    with load(mixture, "discrete", budget, None) as model:
+        for layer in model.flash.layers:
+            for rows in (layer.rows, *layer.blocks.pair):
+                guard.extend(rows._pools.values())
+        cache = make_prompt_cache(model)
+        model(mx.array([prompt_of(40)]), cache=cache)
+        decode(model, prompt_of(10), cache)
+        model.flash.forget()
+        decode(model, prompt_of(5))
+
+
+def test_a_token_waits_for_the_choice_of_experts_only(mixture):
+    """New experts of a layer go over together."""
+    with load(mixture, "discrete", "part", None) as model:
+        layers, traffic = len(model.flash.layers), model.flash.backend.traffic
+        cache = decode(model, prompt_of(20))
+        syncs, updates = traffic.syncs, traffic.updates
+        decode(model, prompt_of(20, seed=3), cache)
+        assert traffic.syncs - syncs <= 20 * layers
+        assert 10 < traffic.updates - updates <= 20 * layers
+
+
+def test_experts_come_back_from_the_host(mixture):
+    """What the device gives up is copied to the host tier, not read again, and no pool is copied for it."""
+    with load(mixture, "discrete", "part", None, host_memory="3MB") as model:
+        cache = make_prompt_cache(model)
+        model(mx.array([prompt_of(40)]), cache=cache)
+        decode(model, prompt_of(20), cache)
+        traffic, read = model.flash.backend.traffic, model.flash.snapshot().num_bytes
+        back, hits = traffic.bytes_back, traffic.tier_hits
+        decode(model, prompt_of(20, seed=3), cache)
+        assert model.flash.snapshot().num_bytes == read > 0
+        assert traffic.bytes_back > back
+        assert traffic.tier_hits > hits
+        assert traffic.pool_copies == 0
 
 
 # Budgets

@@ -16,18 +16,20 @@ import mixtures
 from build import load
 
 mx = pytest.importorskip("mlx.core")
+from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlxflash.converters import convert  # noqa: E402
 from mlxflash.converters.checkpoint import CheckpointError  # noqa: E402
 
 from mlxflash.bundle import Bundle, BundleError  # noqa: E402
+from mlxflash.evaluate import Dense  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
-from mlxflash.models import FAMILIES  # noqa: E402
+from mlxflash.models import FAMILIES, kv_values_per_token, state_values  # noqa: E402
 from mlxflash.plan import BudgetError  # noqa: E402
 
-GOLDEN = Path(__file__).with_name("golden") / "mixtures.npz"
+GOLDEN = Path(__file__).with_name("golden") / "mixtures"
 TOLERANCE = 2e-5
-EXPERTS = ("native", "parts-alias", "parts-copy")  # record- and part-shaped rows are one thing for experts
+EXPERTS = ("native", "parts-alias", "parts-copy", "discrete")  # record- or part-shaped is one thing for experts
 AFFINE = {"group_size": 32, "bits": 4, "mode": "affine"}
 MIXED = AFFINE | {"model.layers.0.mlp.gate": {"group_size": 32, "bits": 8}, "lm_head": {"group_size": 64, "bits": 6}}
 STORED = {
@@ -101,7 +103,7 @@ def prompt(length, seed=0):
 def test_every_family(zoo, kind, naming):
     source, target = zoo(kind, naming=naming)
     tokens = prompt(16, seed=4)
-    for backend in ("native", "parts-alias"):
+    for backend in ("native", "parts-alias", "discrete"):
         with load(target, backend, predictor=None) as model:
             assert max(model.flash.plan.capacities) == mixtures.config_of(kind)["num_experts_per_tok"]
             got, read = decode(model, tokens)
@@ -113,16 +115,17 @@ def test_every_family(zoo, kind, naming):
 def test_transformers_logits(zoo, kind):
     """What transformers' own classes computed, kept by golden/make_mixtures.py."""
     _, target = zoo(kind)
-    with np.load(GOLDEN) as kept:
-        tokens, want = kept["tokens"].tolist(), kept[kind]
+    with np.load(GOLDEN / f"{kind}.npz") as kept:
+        tokens, want = kept["tokens"].tolist(), kept["logits"]
     with load(target, "native", predictor=None) as model:
         assert_same(decode(model, tokens)[0], want)
 
 
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("backend", EXPERTS)
-def test_every_way_of_storing(zoo, backend, stored):
-    source, target = zoo("qwen3_moe", stored, "mlx")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "nemotron_h"])
+def test_every_way_of_storing(zoo, kind, backend, stored):
+    source, target = zoo(kind, stored, "mlx")
     tokens = prompt(12, seed=1)
     with load(target, backend, predictor=None) as model:
         got, read = decode(model, tokens)
@@ -134,7 +137,7 @@ def test_every_way_of_storing(zoo, backend, stored):
 def test_biases_beside_quantised_experts(zoo, stored):
     source, target = zoo("gpt_oss", stored, "mlx")
     tokens = prompt(12, seed=2)
-    for backend in ("native", "parts-alias"):
+    for backend in ("native", "parts-alias", "discrete"):
         with load(target, backend, predictor=None) as model:
             assert_same(decode(model, tokens)[0], dense_logits(source, tokens))
 
@@ -157,12 +160,12 @@ def test_every_budget(zoo, backend, budget):
             assert np.mean(read[12:]) < np.mean(read[:4])
 
 
-@pytest.mark.parametrize("length", [2, 17, 200])
+@pytest.mark.parametrize(("kind", "length"), [("mixtral", 2), ("nemotron_h", 17), ("qwen3_moe", 200)])
 @pytest.mark.parametrize("budget", ["whole", "part", "least"])
 @pytest.mark.parametrize("backend", EXPERTS)
-def test_prompts(zoo, backend, budget, length):
+def test_prompts(zoo, backend, budget, kind, length):
     """A chunk reads each expert that it needs and that is not held once per layer; decoding then goes on."""
-    source, target = zoo("mixtral" if length < 200 else "qwen3_moe")
+    source, target = zoo(kind)
     tokens = prompt(length, seed=length)
     with load(target, backend, budget, predictor=None) as model:
         cache, got = make_prompt_cache(model), []
@@ -240,6 +243,23 @@ def records_part(bundle, entry, name):
     return array if part.dtype == "uint32" else array.view(getattr(mx, part.dtype))
 
 
+@pytest.mark.parametrize("low", [2, 3, 4, 5])
+def test_layers_of_other_bits_and_groups(tmp_path, low):
+    """As mlx-lm's recipes mix them: more bits for some layers' down; besides, smaller groups for another's."""
+    more = {"model.layers.1.mlp.switch_mlp.down_proj": {"group_size": 32, "bits": 6}}
+    more["model.layers.2.mlp.switch_mlp.up_proj"] = {"group_size": 32, "bits": 8}
+    settings = {"group_size": 64, "bits": low, "mode": "affine"} | more
+    source, changes = tmp_path / "m", {"moe_intermediate_size": 128, "hidden_size": 128}
+    mixtures.write(source, "qwen3_moe", "mlx", "float16", settings, **changes)
+    bundle = convert(source, tmp_path / "m.flash")
+    assert bundle.manifest.quantization["bits"] == 8
+    assert bundle.manifest.formats == {"gate": (low, 64), "down": (6, 32)}
+    tokens = prompt(12, seed=13)
+    for backend in EXPERTS:
+        with load(tmp_path / "m.flash", backend, predictor=None) as model:
+            assert_same(decode(model, tokens)[0], dense_logits(source, tokens))
+
+
 def test_quantised_experts_are_copied_verbatim(zoo):
     source, target = zoo("qwen3_moe", "q4", "mlx")
     stored, bundle = mx.load(str(source / "model.safetensors")), Bundle.open(target)
@@ -256,6 +276,21 @@ def test_dense_layers_among_the_mixtures_stay_resident(zoo):
     assert bundle.num_layers == bundle.config()["num_hidden_layers"] - 1
     with load(target, "native", predictor=None) as model:
         assert type(model.layers[0].mlp).__name__ == "DeepseekV3MLP"
+
+
+def test_what_corrects_scores_is_not_rounded(tmp_path):
+    """float32 beside bfloat16 weights: rounded, it would choose other experts."""
+    mixtures.write(tmp_path / "m", "deepseek_v3", dtype="bfloat16")
+    file = tmp_path / "m" / "model.safetensors"
+    weights = mx.load(str(file))
+    name = next(n for n in weights if n.endswith("e_score_correction_bias"))
+    weights[name] = mx.random.uniform(shape=weights[name].shape)
+    mx.save_safetensors(str(file), weights, metadata={"format": "pt"})
+    convert(tmp_path / "m", tmp_path / "m.flash")
+    with load(tmp_path / "m.flash", "parts-alias", predictor=None) as model:
+        kept = dict(tree_flatten(model.parameters()))[name]
+        assert kept.dtype == mx.float32
+        assert mx.array_equal(kept, weights[name])
 
 
 @pytest.mark.parametrize("backend", EXPERTS)
@@ -333,6 +368,14 @@ def test_interrupted_passes_leave_no_trace(zoo, backend, budget):
         assert interrupted > 4
 
 
+def poison(rows, slots):
+    if hasattr(rows, "_pools"):
+        for pool in rows._pools.values():
+            pool[mx.array(slots.astype(np.int32))] = float("nan")
+    else:
+        np.frombuffer(rows._memory.memory, np.uint8).reshape(rows.capacity, -1)[slots] = 0xFF
+
+
 def test_what_other_slots_hold_never_matters(zoo):
     """Slots that no chosen expert is in are filled with NaN before every token."""
     source, target = zoo("qwen3_moe")
@@ -340,10 +383,9 @@ def test_what_other_slots_hold_never_matters(zoo):
     for backend in EXPERTS:
         with load(target, backend, "part", predictor=None) as model:
             for layer in model.flash.layers:
-                raw = np.frombuffer(layer.rows._memory.memory, np.uint8).reshape(layer.window.capacity, -1)
 
-                def poisoned(x, tokens, slots, raw=raw, layer=layer, experts=layer.rows.experts):
-                    raw[np.setdiff1d(np.arange(layer.window.num_rows, len(raw)), slots)] = 0xFF
+                def poisoned(x, tokens, slots, layer=layer, experts=layer.rows.experts):
+                    poison(layer.rows, np.setdiff1d(np.arange(layer.window.num_rows, layer.window.capacity), slots))
                     return experts(x, tokens, slots)
 
                 layer.rows.experts = poisoned
@@ -369,6 +411,24 @@ def test_predictors_are_refused(zoo, predictor):
         load_bundle(target, predictor=predictor)
 
 
+def test_fidelity_is_not_measured(zoo):
+    _, target = zoo("mixtral")
+    with pytest.raises(ValueError, match="computed exactly"):
+        Dense(Bundle.open(target), np.arange(100))
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "deepseek_v3", "mixtral"])
+def test_a_sequence_takes_what_is_planned_for_it(zoo, kind):
+    _, target = zoo(kind)
+    with load(target, "parts-alias", predictor=None) as model:
+        cache = make_prompt_cache(model)
+        model(mx.array([prompt(256)]), cache=cache)  # key-value caches grow by 256
+        config = model.flash.bundle.config()
+        planned = 256 * kv_values_per_token(config) + state_values(config)
+        held = [a for _, a in tree_flatten([c.state for c in cache]) if isinstance(a, mx.array)]
+        assert sum(a.nbytes for a in held) == 4 * planned
+
+
 def test_more_experts_per_token_than_there_are(zoo, tmp_path):
     source, target = zoo("mixtral")
     for path, make in ((source, lambda p: convert(p, tmp_path / "x.flash")), (target, load_bundle)):
@@ -381,8 +441,8 @@ def test_more_experts_per_token_than_there_are(zoo, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"hidden_act": "gelu"}, {"model_type": "mixture"}, {"num_local_experts": 7}, {"intermediate_size": 96},
-    {"num_experts_per_tok": 0}, {"num_experts_per_tok": "two"},
+    {"hidden_act": "gelu"}, {"hidden_act": "relu"}, {"model_type": "mixture"}, {"num_local_experts": 7},
+    {"intermediate_size": 96}, {"num_experts_per_tok": 0}, {"num_experts_per_tok": "two"},
 ])  # fmt: skip
 def test_bad_configs(zoo, tmp_path, change):
     source, target = zoo("mixtral")
@@ -397,11 +457,30 @@ def test_bad_configs(zoo, tmp_path, change):
         assert not (tmp_path / "x.flash").exists()
 
 
-def test_experts_that_one_record_cannot_hold(tmp_path):
-    settings = AFFINE | {"model.layers.1.mlp.switch_mlp.up_proj": {"group_size": 32, "bits": 8}}
-    mixtures.write(tmp_path / "m", "qwen3_moe", "mlx", "bfloat16", settings)
-    with pytest.raises(CheckpointError, match="layer 1"):
+@pytest.mark.parametrize("change", [
+    {"hybrid_override_pattern": "M*"}, {"hybrid_override_pattern": "ME*X"}, {"hybrid_override_pattern": "MEE"},
+    {"moe_latent_size": 32}, {"mlp_hidden_act": "silu"}, {"n_group": 2}, {"mamba_hidden_act": "relu"},
+])  # fmt: skip
+def test_hybrids_that_are_not_computed(zoo, tmp_path, change):
+    source, _ = zoo("nemotron_h")
+    shutil.copytree(source, tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"config\.json|mlp_hidden_act") as refused:
         convert(tmp_path / "m", tmp_path / "m.flash")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("own", "said"), [
+    (False, "'down' of the experts of layer 1 is not quantised, 'up' of layer 0 is 4-bit affine"),
+    ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "'down' of the experts of layer 1 is 4-bit mxfp4"),
+])  # fmt: skip
+def test_experts_that_one_record_cannot_hold(tmp_path, own, said):
+    settings = AFFINE | {"model.layers.1.mlp.switch_mlp.down_proj": own}
+    mixtures.write(tmp_path / "m", "qwen3_moe", "mlx", "bfloat16", settings)
+    with pytest.raises(CheckpointError, match=said):
+        convert(tmp_path / "m", tmp_path / "m.flash")
+    assert not (tmp_path / "m.flash").exists()
 
 
 def test_quantised_twice(zoo, tmp_path):
@@ -410,7 +489,9 @@ def test_quantised_twice(zoo, tmp_path):
         convert(source, tmp_path / "m.flash", bits=4)
 
 
-@pytest.mark.parametrize("damage", ["part", "shape", "bits", "mode", "order", "dtype", "scales", "activation"])
+@pytest.mark.parametrize(
+    "damage", ["part", "shape", "bits", "mode", "order", "dtype", "scales", "activation", "format", "formats"]
+)
 def test_damaged_manifests(zoo, tmp_path, damage):
     _, target = zoo("qwen3_moe", "q4", "mlx")
     copy = tmp_path / "b.flash"
@@ -425,6 +506,10 @@ def test_damaged_manifests(zoo, tmp_path, damage):
         manifest["quantization"]["bits"] = 8
     elif damage == "mode":
         manifest["quantization"]["mode"] = "mxfp4"
+    elif damage == "format":
+        manifest["quantization"]["parts"] = {"down": {"bits": 6, "group_size": 32}}
+    elif damage == "formats":
+        manifest["quantization"]["parts"] = {"down": {"bits": 4}}
     elif damage == "order":
         parts[0]["name"], parts[3]["name"] = "up", "gate"
     elif damage == "dtype":

@@ -59,7 +59,7 @@ def decode(model, tokens, count=0):
 
 
 def test_every_row_of_the_table_has_a_golden():
-    dense = {name for name, family in FAMILIES.items() if family.layout != "experts"}  # those: test_experts
+    dense = {name for name, f in FAMILIES.items() if f.layout != "experts" or f.dense}  # experts: test_experts
     assert dense - {"opt"} == {golden(case)["config"]["model_type"] for case in CASES}  # OPT: test_exactness
 
 
@@ -303,6 +303,17 @@ def test_thresholds_reach_the_predictor(made, case):
     assert said["recall"] > 0.85
 
 
+def test_hybrids_are_measured_where_they_stream(made):
+    """Nemotron-H: its MLPs are layers of their own between others."""
+    bundle = Bundle.open(made("nemotron_h"))
+    tokens = np.random.default_rng(3).integers(3, 96, 192)
+    said = calibrate(bundle, tokens).manifest.calibration["low-bit"]
+    assert len(said["layers"]) == 2
+    with Dense(bundle, tokens[:64], context=32) as dense:
+        report = evaluate(dense, margin=4.0)
+    assert [layer.recall > 0.9 for layer in report.layers] == [True, True]
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     families.write_case(tmp_path / "c", "llama")
     write_tokenizer(tmp_path / "c", 300)
@@ -356,13 +367,14 @@ def test_streams_that_run_on_into_the_next_layer(made, backend):
             np.testing.assert_allclose(logits, want["logits"], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["llama-relu", "llama-fatrelu", "bamboo"])
+@pytest.mark.parametrize("case", ["llama-relu", "llama-fatrelu", "bamboo", "nemotron_h"])
 def test_thinned_by_nothing_the_units_are_all_there(made, case):
     """What levels of fidelity are measured with computes every kind of unit as decoding does."""
     bundle = Bundle.open(made(case))
     tokens = mx.array([np.random.default_rng(3).integers(3, 96, 24).tolist()])
     with load(made(case), "native", "whole", None) as model:
         want = np.array(model(tokens))
-        for index, layer in enumerate(model.layers):
-            layer.mlp = Thin(bundle, index, model.flash.layers[index].down_bias, lambda r, x, a: True)
+        ffn = "mixer" if case == "nemotron_h" else "mlp"
+        for index, layer in enumerate(model.flash.owners):
+            setattr(layer, ffn, Thin(bundle, index, model.flash.layers[index].down_bias, lambda r, x, a: True))
         np.testing.assert_allclose(np.array(model(tokens)), want, atol=1e-3 * np.ptp(want))

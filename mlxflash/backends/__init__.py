@@ -4,8 +4,8 @@ A backend makes `Rows` (memory for units of one layer), multiplies by resident m
 activations are. The rest of the package never asks which device it runs on.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -34,6 +34,7 @@ class FFN:
     group_size: int = 0
     threshold: float = 0.0
     mode: str = "affine"  # of quantisation
+    formats: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # bits and groups of an expert's other parts
 
     @classmethod
     def of(cls, manifest: Manifest, where: str = "manifest.json") -> "FFN":
@@ -62,6 +63,10 @@ class FFN:
                 raise BundleError(f"{where}: part {p.name!r} means nothing to {ffn.layout} units; convert again")
         return ffn
 
+    def format(self, name: str) -> tuple[int, int]:
+        """Bits and group size of a quantised matrix."""
+        return self.formats.get(name, (self.bits, self.group_size))
+
     def _products(self) -> tuple[str, ...]:
         return ("gate", "up") if self.layout == "gated" else ("up",)
 
@@ -84,22 +89,29 @@ class FFN:
 
     @classmethod
     def _of_experts(cls, manifest: Manifest, where: str) -> "FFN":
-        """An expert's parts are whole matrices as MLX has them: gate and up [hidden, d_model], down [d_model, hidden];
-        of all of them the bias or of none."""
+        """An expert's parts are whole matrices as MLX has them: gate, of gated ones, and up [hidden, d_model], down
+        [d_model, hidden]; of all of them the bias or of none."""
         q = manifest.quantization or {"bits": 0, "group_size": 0, "mode": "affine"}
-        bits, group, record, d = q["bits"], q["group_size"], manifest.record, manifest.d_model
-        if bits and (
-            (q["mode"] == "affine" and (bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128)))
-            or (q["mode"] == "mxfp4" and (bits, group) != (4, 32))
-        ):
-            raise BundleError(f"{where}: {bits} bits in groups of {group} make no sense; convert again")
+        record, d = manifest.record, manifest.d_model
+        kind = "experts", manifest.activation, record, d, q["bits"], q["group_size"]
+        ffn = cls(*kind, mode=q["mode"], formats=manifest.formats)
+        for bits, group in {ffn.format(name) for name in ("gate", "up", "down")} if ffn.bits else ():
+            if (q["mode"] == "affine" and (bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128))) or (
+                q["mode"] == "mxfp4" and (bits, group) != (4, 32)
+            ):
+                raise BundleError(f"{where}: {bits} bits in groups of {group} make no sense; convert again")
         parts = {p.name: (p.dtype, p.shape) for p in record.parts if p.offset is not None}
         hidden = next((p.shape[0] for p in record.parts if p.name == "up" and len(p.shape) == 2), 0)
         scales = parts.get("up_scales", ("",))[0]
         known = scales == "uint8" if q["mode"] == "mxfp4" else scales in ("float32", "float16", "bfloat16")
         wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+        whole = not ffn.bits or known
         for name, rows, columns in (("gate", hidden, d), ("up", hidden, d), ("down", d, hidden)):
-            if bits:
+            if name == "gate" and name not in parts:
+                continue
+            if ffn.bits:
+                bits, group = ffn.format(name)
+                whole = whole and columns % group == 0
                 wanted[name] = "uint32", (rows, columns * bits // 32)
                 wanted[f"{name}_scales"] = scales, (rows, columns // group)
                 if q["mode"] == "affine":
@@ -108,10 +120,9 @@ class FFN:
                 wanted[name] = manifest.dtype, (rows, columns)
             if "up_bias" in parts:
                 wanted[f"{name}_bias"] = manifest.dtype, (rows,)
-        whole = not bits or (known and d % group == hidden % group == 0)
         if parts != wanted or len(parts) != len(record.parts) or not whole:
             raise BundleError(f"{where}: these are not the parts of experts of width {d}; convert again")
-        return cls("experts", manifest.activation, record, d, bits, group, mode=q["mode"])
+        return ffn
 
     @property
     def first(self) -> str:

@@ -61,9 +61,11 @@ class DeviceBackend(MLXBackend):
             self.bus.lock(tier.rows.memory, tier)  # where that fails, its rows go the plain way
         return [Door(tier, takes=True), Door(tier, takes=False), Door(tier, takes=False)]
 
-    def rows(self, ffn: FFN, capacity: int, staging: Any) -> MLXRows:
+    def rows(self, ffn: FFN, capacity: int, staging: Any) -> Any:
         if ffn.layout == "experts":
-            raise ValueError(f"device {self.name}: experts run in memory that the host shares; use --device cpu")
+            from mlxflash.backends.device_experts import DeviceExperts
+
+            return DeviceExperts(self, ffn, capacity, staging, widens=self._device == mx.cpu)
         return DeviceRows(self, ffn, capacity, staging)
 
     def slot_bytes(self, ffn: FFN) -> int:

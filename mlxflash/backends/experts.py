@@ -1,4 +1,4 @@
-"""Experts in slots, and what a token's chosen experts compute: act(gate x) * (up x), times down.
+"""Experts in slots, and what a token's chosen experts compute: act(gate x, up x) or act(up x), times down.
 
 A slot has the shape of a record: one contiguous span per expert, so that a direct read lands where it is computed and
 nothing is copied. MLX takes each part as a strided view of the whole pool: `gather_mm` and `gather_qmm` need the last
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn import relu2
 from mlx_lm.models.activations import swiglu, swiglu_oai
 
 from mlxflash._native import core
@@ -19,15 +20,9 @@ from mlxflash.backends import FFN
 from mlxflash.bundle import ITEM_BYTES
 from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
+from mlxflash.resident import MLX
 
 KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-DTYPES = {
-    "float32": mx.float32,
-    "float16": mx.float16,
-    "bfloat16": mx.bfloat16,
-    "uint32": mx.uint32,
-    "uint8": mx.uint8,
-}
 SORTED = 64  # pairs of token and expert from which MLX's kernels gain by knowing that slots ascend (as in mlx-lm)
 
 
@@ -45,6 +40,9 @@ class ExpertRows(Protocol):
     def take(self, slots: np.ndarray, other: Any, sources: np.ndarray) -> None: ...
 
     def settle(self, discard: bool = False) -> None: ...
+
+    def chosen(self, x: mx.array, indices: mx.array) -> np.ndarray:
+        """What the router chose, int64 [n] of any shape, for the host; waits for it, and for x where that is shared."""
 
     def experts(self, x: mx.array, tokens: Any, slots: Any) -> Any:
         """Row i is the expert in slots[i] (ascending) for x[tokens[i]]: [pairs, d_model] of x [tokens, d_model].
@@ -73,6 +71,10 @@ class _Slots:
     def take(self, slots: np.ndarray, other: Any, sources: np.ndarray) -> None:
         self._memory.take(slots, other._memory, sources)
 
+    def chosen(self, x: mx.array, indices: mx.array) -> np.ndarray:
+        mx.eval(x, indices)
+        return np.asarray(indices).reshape(-1).astype(np.int64)
+
 
 # --- native ---------------------------------------------------------------------------------------------------
 
@@ -89,7 +91,12 @@ def _clamped(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         return gate / (1 + np.exp(np.float32(-1.702) * gate)) * (np.clip(up, -7, 7) + 1)
 
 
-HOST_ACTIVATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"silu": _silu, "clamped": _clamped}
+def _relu2(up: np.ndarray) -> np.ndarray:
+    return np.square(np.maximum(up, 0))
+
+
+# Of the products with gate and up, or with up alone where experts have no gate
+HOST_ACTIVATIONS: dict[str, Callable[..., np.ndarray]] = {"silu": _silu, "clamped": _clamped, "relu2": _relu2}
 
 
 class NativeExperts(_Slots):
@@ -104,12 +111,12 @@ class NativeExperts(_Slots):
         self._act = HOST_ACTIVATIONS[ffn.activation]
         self._spans = {p.name: (p.offset or 0, (p.offset or 0) + p.num_bytes) for p in ffn.record.parts}
         matrices = [p for p in ffn.record.parts if p.name in ("gate", "up", "down")]
+        self._first = [p.name for p in matrices if p.name != "down"]
         self._rows = {p.name: (p.shape[0], p.num_bytes // p.shape[0]) for p in matrices}
         self._call: dict[str, Any] = {}
         self._kind = KINDS.get(matrices[0].dtype, "affine")
         if ffn.bits:
-            scales = KINDS[ffn.record["up_scales"].dtype]
-            self._call = {"scale_dtype": scales, "group": ffn.group_size, "bits": ffn.bits}
+            self._call = {"scale_dtype": KINDS[ffn.record["up_scales"].dtype]}
 
     def settle(self, discard: bool = False) -> None:
         """Nothing is ever pending: kernels run when they are called."""
@@ -120,8 +127,7 @@ class NativeExperts(_Slots):
         edges = np.flatnonzero(np.diff(slots, prepend=-1, append=-1))
         for begin, end in pairwise(edges):
             slot, rows = int(slots[begin]), host[tokens[begin:end]]
-            up = self._multiply(rows, slot, "up")
-            hidden = self._act(self._multiply(rows, slot, "gate"), up)
+            hidden = self._act(*(self._multiply(rows, slot, name) for name in self._first))
             self._multiply(hidden, slot, "down", out[begin:end])
         return out
 
@@ -134,6 +140,7 @@ class NativeExperts(_Slots):
         more: dict[str, Any] = {}
         if self._ffn.bits:
             more = {"scales": self._bytes(slot, f"{name}_scales"), "biases": self._bytes(slot, f"{name}_biases")}
+            more["bits"], more["group"] = self._ffn.format(name)
         if f"{name}_bias" in self._spans:
             more["bias"] = _floats(self._bytes(slot, f"{name}_bias"), self._ffn.record[f"{name}_bias"].dtype)
         core.matmul(out, x, words, self._kind, len(x), rows, x.shape[1], row_bytes, **self._call, **more)
@@ -163,11 +170,52 @@ def _floats(raw: memoryview, dtype: str) -> np.ndarray:
 # --- MLX ------------------------------------------------------------------------------------------------------
 
 
-MLX_ACTIVATIONS: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"silu": swiglu, "clamped": swiglu_oai}
+MLX_ACTIVATIONS: dict[str, Callable[..., mx.array]] = {"silu": swiglu, "clamped": swiglu_oai, "relu2": relu2}
 
 
-class MLXExperts(_Slots):
-    """Strided views of one MLX array and gather operations, whose shapes do not depend on which experts are held.
+class GatherExperts:
+    """Experts by gather operations, whose shapes do not depend on which experts are held. For rows whose slots
+    `_weights` gives as arrays."""
+
+    _ffn: FFN
+    _pending: mx.array | None = None
+
+    def _weights(self, slots: Any) -> tuple[dict[str, mx.array], Any]:
+        """Parts stacked [n, ...] in the dtype that is computed in, and where in them `slots` are."""
+        raise NotImplementedError
+
+    def experts(self, x: mx.array, tokens: Any, slots: Any) -> mx.array:
+        weights, chosen = self._weights(slots)
+        count, index = len(slots), mx.array(chosen).astype(mx.uint32)
+        rows = mx.expand_dims(x[mx.array(tokens)], -2)
+        first = [self._gather(rows, weights, name, index, count) for name in ("gate", "up") if name in weights]
+        hidden = MLX_ACTIVATIONS[self._ffn.activation](*first)
+        y = self._gather(hidden, weights, "down", index, count).squeeze(-2)
+        self._pending = y
+        return y
+
+    def _gather(self, x: mx.array, weights: dict[str, mx.array], name: str, index: mx.array, count: int) -> mx.array:
+        if self._ffn.bits:
+            bits, group = self._ffn.format(name)
+            y = mx.gather_qmm(
+                x, weights[name], weights[f"{name}_scales"], weights.get(f"{name}_biases"),
+                rhs_indices=index, transpose=True, group_size=group, bits=bits,
+                mode=self._ffn.mode, sorted_indices=count >= SORTED,
+            )  # fmt: skip
+        else:
+            y = mx.gather_mm(x, weights[name].swapaxes(-1, -2), rhs_indices=index, sorted_indices=count >= SORTED)
+        if f"{name}_bias" in weights:
+            y = y + mx.expand_dims(weights[f"{name}_bias"][index], -2)
+        return y
+
+    def join(self, pieces: list[mx.array], pairs: list[np.ndarray]) -> mx.array:
+        y = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        where = np.concatenate(pairs)
+        return y if (np.diff(where) == 1).all() else y[mx.array(np.argsort(where))]
+
+
+class MLXExperts(GatherExperts, _Slots):
+    """Strided views of one MLX array.
 
     `compute`: the dtype that weights are multiplied in, None: their own. Where it is not theirs (MLX's CPU gathers
     float32 only), or where MLX does not see what the host writes, the experts used are copied first.
@@ -191,10 +239,8 @@ class MLXExperts(_Slots):
             pool, memory = shared((capacity, stride // 4), mx.uint32)
         super().__init__(ffn, capacity, memory, staging)
         self._compute = compute
-        self._act = MLX_ACTIVATIONS[ffn.activation]
-        self._pending: mx.array | None = None
         parts = [p for p in ffn.record.parts if p.offset is not None]
-        floats = {DTYPES[p.dtype] for p in parts if p.dtype in KINDS}
+        floats = {MLX[p.dtype] for p in parts if p.dtype in KINDS}
         self._views: dict[str, mx.array] = {}
         aligned = all((p.offset or 0) % ITEM_BYTES[p.dtype] == 0 for p in parts)
         self.routes_on_device = pool is not None and aligned and (compute is None or floats <= {compute})
@@ -203,7 +249,7 @@ class MLXExperts(_Slots):
                 assert p.offset is not None
                 size = ITEM_BYTES[p.dtype]
                 inner = (p.shape[1], 1) if len(p.shape) == 2 else (1,)
-                flat = pool.view(DTYPES[p.dtype])
+                flat = pool.view(MLX[p.dtype])
                 self._views[p.name] = mx.as_strided(
                     flat, (capacity, *p.shape), (stride // size, *inner), p.offset // size
                 )
@@ -214,32 +260,12 @@ class MLXExperts(_Slots):
         if pending is not None and not discard:
             mx.eval(pending)
 
-    def experts(self, x: mx.array, tokens: Any, slots: Any) -> mx.array:
+    def _weights(self, slots: Any) -> tuple[dict[str, mx.array], Any]:
         self.settle()
-        weights, chosen = self._views, slots
-        if not self._views:
-            used, chosen = np.unique(slots, return_inverse=True)
-            weights = {p.name: self._copy(p, used) for p in self._ffn.record.parts}
-        count, index = len(slots), mx.array(chosen).astype(mx.uint32)
-        rows = mx.expand_dims(x[mx.array(tokens)], -2)
-        up = self._product(rows, weights, "up", index, count)
-        hidden = self._act(self._product(rows, weights, "gate", index, count), up)
-        y = self._product(hidden, weights, "down", index, count).squeeze(-2)
-        self._pending = y
-        return y
-
-    def _product(self, x: mx.array, weights: dict[str, mx.array], name: str, index: mx.array, count: int) -> mx.array:
-        if self._ffn.bits:
-            y = mx.gather_qmm(
-                x, weights[name], weights[f"{name}_scales"], weights.get(f"{name}_biases"),
-                rhs_indices=index, transpose=True, group_size=self._ffn.group_size, bits=self._ffn.bits,
-                mode=self._ffn.mode, sorted_indices=count >= SORTED,
-            )  # fmt: skip
-        else:
-            y = mx.gather_mm(x, weights[name].swapaxes(-1, -2), rhs_indices=index, sorted_indices=count >= SORTED)
-        if f"{name}_bias" in weights:
-            y = y + mx.expand_dims(weights[f"{name}_bias"][index], -2)
-        return y
+        if self._views:
+            return self._views, slots
+        used, chosen = np.unique(slots, return_inverse=True)
+        return {p.name: self._copy(p, used) for p in self._ffn.record.parts}, chosen
 
     def _copy(self, part: Any, used: np.ndarray) -> mx.array:
         """A part of the slots in `used`, in the dtype that is computed in."""
@@ -247,10 +273,5 @@ class MLXExperts(_Slots):
         raw = np.frombuffer(self._memory.memory, np.uint8).reshape(self.capacity, stride)
         rows = raw[used, part.offset : part.offset + part.num_bytes]
         bits = rows.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size]).reshape(len(used), *part.shape)
-        array = mx.array(bits).view(DTYPES[part.dtype])
+        array = mx.array(bits).view(MLX[part.dtype])
         return array.astype(self._compute) if self._compute and part.dtype in KINDS else array
-
-    def join(self, pieces: list[mx.array], pairs: list[np.ndarray]) -> mx.array:
-        y = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-        where = np.concatenate(pairs)
-        return y if (np.diff(where) == 1).all() else y[mx.array(np.argsort(where))]

@@ -18,10 +18,10 @@ from mlxflash.bundle import ITEM_BYTES, Manifest
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, PartRows, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
+from mlxflash.resident import MLX as DTYPES
 from mlxflash.resident import Tensor, read_mlx
 
 PAGE = 16384
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16, "uint32": mx.uint32}
 
 ACTIVATIONS = {
     "relu": nn.relu,

@@ -108,6 +108,7 @@ def describe(bundle: Bundle) -> str:
     """What `info` tells, for people."""
     f, m = facts(bundle), bundle.manifest
     bits = f"{m.quantization['bits']}-bit, groups of {m.quantization['group_size']}" if m.quantization else m.dtype
+    bits += "".join(f", {name} {n}-bit in {group}" for name, (n, group) in m.formats.items())
     names = " | ".join(p.name for p in m.record.parts if p.offset is not None)
     lines = [
         f"{bundle.path}: {m.model_type} from {m.source}, {bits}",

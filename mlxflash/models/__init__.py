@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlxflash.bundle import MODES
 from mlxflash.models import rope
-from mlxflash.models.families import FAMILIES, MULTIMODAL, REFUSED, SWITCHES, Family
+from mlxflash.models.families import FAMILIES, MULTIMODAL, REFUSED, SWITCHES, Family, blocks_of
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -41,7 +41,7 @@ def settings(config: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: model_type {kind!r} is not supported: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    family = FAMILIES[kind]
+    family = _family(config)
     full = {**family.defaults, **{k: v for k, v in config.items() if v is not None or k not in family.defaults}}
     for ours, theirs in family.keys.items():
         if full.get(theirs) is not None:
@@ -51,6 +51,7 @@ def settings(config: Any, where: str) -> dict[str, Any]:
         full["intermediate_size"] = sizes[0]
     if full.get("intermediate_size") is None and isinstance(full.get("hidden_size"), int):
         full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
+    full.setdefault("num_hidden_layers", len(blocks_of(full)))
     said = family.kv_heads(full) if family.kv_heads is not None else full.get("num_key_value_heads")
     full["num_key_value_heads"] = said or full.get("num_attention_heads")
     _check_numbers(full, family, where)
@@ -65,6 +66,11 @@ def settings(config: Any, where: str) -> dict[str, Any]:
     return full
 
 
+def _family(config: dict[str, Any]) -> Family:
+    family = FAMILIES[config["model_type"]]
+    return family.dense if family.dense is not None and "E" not in blocks_of(config) else family
+
+
 def family_of(config: Any, where: str) -> tuple[Family, str, float]:
     """The family of a checkpoint's config, its activation in our words, and the activation's threshold.
 
@@ -72,7 +78,7 @@ def family_of(config: Any, where: str) -> tuple[Family, str, float]:
     """
     full = settings(config, where)
     kind = full["model_type"]
-    family = FAMILIES[kind]
+    family = _family(full)
     said = {key: full[key] for key in family.activation_keys if full.get(key) is not None}
     key, word = next(iter(said.items()), (family.activation_keys[0], None))
     if not isinstance(word, str) or word not in family.activations:
@@ -98,6 +104,12 @@ def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             name = family.keys.get(key, key)
             raise ValueError(f"{where}: {name} in config.json is {value!r}, not a positive number")
+    blocks = set(blocks_of(config))
+    if family.state_values is not None and not ({"M", "*"} < blocks <= {"M", "*", "E", "-"}):
+        raise ValueError(
+            f"{where}: the layers in config.json are {''.join(sorted(blocks)) or None!r}, not Mamba (M), attention (*)"
+            " and experts (E) or MLPs (-)"
+        )
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if not config.get("head_dim") and width % heads:
         raise ValueError(f"{where}: num_attention_heads {heads} does not divide hidden_size {width} in config.json")
@@ -106,7 +118,8 @@ def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
 def build_model(config: dict[str, Any], where: str, base: type | None = None) -> nn.Module:
     """The family's model with weights not yet loaded (lazy, they take no memory); `base` is mixed into its class."""
     full = settings(config, where)
-    module = importlib.import_module(FAMILIES[full["model_type"]].module)
+    family = _family(full)
+    module = importlib.import_module(family.module)
     cls = module.Model if base is None else type(module.Model.__name__, (base, module.Model), {})
     try:
         args = module.ModelArgs.from_dict(full)
@@ -117,7 +130,7 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None
     mx.eval(mx.random.state)  # or each model leaves its uncomputed draws of initial weights behind
-    if FAMILIES[full["model_type"]].layout == "experts":
+    if family.layout == "experts":
         _check_mixture(model, full, where)
     return model
 
@@ -143,10 +156,9 @@ def _check_mixture(model: nn.Module, config: dict[str, Any], where: str) -> None
         raise ValueError(f"{where}: config.json describes no layer with experts")
     chosen = config["num_experts_per_tok"]
     for switch in switches:
-        if not chosen <= len(switch.up_proj.weight):
-            raise ValueError(
-                f"{where}: num_experts_per_tok {chosen} in config.json, there are {len(switch.up_proj.weight)} experts"
-            )
+        count = len(find(switch, family.parts["up"]).weight)
+        if not chosen <= count:
+            raise ValueError(f"{where}: num_experts_per_tok {chosen} in config.json, there are {count} experts")
         if type(switch.activation).__name__ != SWITCHES[activation]:
             raise ValueError(f"{where}: this mlx-lm computes experts with {type(switch.activation).__name__}")
 
@@ -166,8 +178,14 @@ def graft(layer: Any, path: str, module: nn.Module) -> None:
 
 
 def ffn_layers(model: Any, family: Family) -> list[Any]:
-    """The model's layers whose FFN streams, in order: all, but of mixtures those with experts."""
-    return [layer for layer in model.layers if find(layer, family.ffn) is not None]
+    """The model's layers whose FFN streams, in order: all, but of mixtures and hybrids those that have one."""
+    up = f"{family.ffn}.{family.parts['up']}"
+    return [layer for layer in model.layers if find(layer, up) is not None]
+
+
+def may_cast(model: Any, name: str) -> bool:
+    """Whether the parameter may be held in another dtype than its own, as the model's class says it."""
+    return bool(getattr(model, "cast_predicate", lambda name: True)(name))
 
 
 def quantization_of(config: dict[str, Any], where: str) -> dict[str, Any] | None:
@@ -211,9 +229,16 @@ def max_positions(config: dict[str, Any]) -> int:
 def kv_values_per_token(config: dict[str, Any]) -> int:
     """Numbers that one token adds to the key-value cache, all layers together."""
     full = settings(config, "")
-    own = FAMILIES[full["model_type"]].kv_values
+    own = _family(full).kv_values
     if own is not None:
-        return int(full["num_hidden_layers"] * own(full))
+        return int(own(full))
     heads = full["num_attention_heads"]
     head_dim = full.get("head_dim") or full["hidden_size"] // heads
     return int(2 * full["num_hidden_layers"] * (full.get("num_key_value_heads") or heads) * head_dim)
+
+
+def state_values(config: dict[str, Any]) -> int:
+    """Numbers that recurrent layers hold of a sequence, however long it is."""
+    full = settings(config, "")
+    own = _family(full).state_values
+    return int(own(full)) if own is not None else 0

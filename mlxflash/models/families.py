@@ -42,7 +42,9 @@ class Family:
     kv_heads: Callable[[dict[str, Any]], Any] | None = None  # key-value heads, where config.json says it otherwise
     windowed: bool = False  # the class computes sliding-window attention, or the family has none
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what config.json may not say otherwise
-    kv_values: Callable[[dict[str, Any]], int] | None = None  # that a token adds to a layer's cache, where not llama's
+    kv_values: Callable[[dict[str, Any]], int] | None = None  # that a token adds to all caches, where not llama's
+    state_values: Callable[[dict[str, Any]], int] | None = None  # that recurrent layers hold of a sequence
+    dense: "Family | None" = None  # of a mixture's `model_type`, checkpoints that have no experts
 
 
 def mlx_lm(name: str) -> str:
@@ -54,12 +56,52 @@ def mixture(
     ffn: str = "mlp.switch_mlp",
     activations: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    parts: Mapping[str, str] = GATED,
     **other: Any,
 ) -> Family:
-    """A family of mlx-lm's whose experts are a SwitchGLU."""
+    """A family of mlx-lm's whose experts are a SwitchGLU, or a SwitchMLP where `parts` say so."""
     defaults = {"hidden_act": "silu", "tie_word_embeddings": False} if defaults is None else defaults
     activations = activations or {"silu": "silu", "swish": "silu"}
-    return Family(mlx_lm(name), "experts", GATED, ffn, activations=activations, defaults=defaults, **other)
+    return Family(mlx_lm(name), "experts", parts, ffn, activations=activations, defaults=defaults, **other)
+
+
+# Nemotron-H: Mamba-2, attention, and as layers of their own MLPs or mixtures with squared ReLU
+BLOCKS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E", "mlp": "-"}
+
+
+def blocks_of(config: dict[str, Any]) -> list[str]:
+    """The kinds of a Nemotron-H's layers, one letter each, however config.json says them; none where it does not."""
+    keys = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+    said = next((config[key] for key in keys if config.get(key)), "")
+    return [BLOCKS.get(str(kind), str(kind)) for kind in said] if isinstance(said, list | str) else []
+
+
+def _mamba_values(config: dict[str, Any]) -> int:
+    inner = config["mamba_num_heads"] * config["mamba_head_dim"]
+    conv = (config["conv_kernel"] - 1) * (inner + 2 * config["n_groups"] * config["ssm_state_size"])
+    return int(blocks_of(config).count("M") * (conv + inner * config["ssm_state_size"]))
+
+
+def _attention_values(config: dict[str, Any]) -> int:
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(2 * blocks_of(config).count("*") * config["num_key_value_heads"] * head_dim)
+
+
+NEMOTRON_H: dict[str, Any] = {
+    "activation_keys": ("mlp_hidden_act",),
+    "activations": {"relu2": "relu2"},
+    "defaults": {"mlp_hidden_act": "relu2", "tie_word_embeddings": False, "num_experts_per_tok": 2},
+    "fixed": {
+        "mamba_hidden_act": "silu",
+        "moe_latent_size": None,
+        "n_group": 1,
+        "tie_word_embeddings": False,
+        "residual_in_fp32": False,
+    },
+    "windowed": True,
+    "kv_values": _attention_values,
+    "state_values": _mamba_values,
+}
 
 
 WIDENED = {"up": "dense_h_to_4h", "down": "dense_4h_to_h"}
@@ -214,6 +256,7 @@ FAMILIES = {
     "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu", "rope_theta": 500000.0}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
+    # A Mixtral with ReLU is refused: transformers' class means the gate's by it, TurboSparse-Mixtral's own code dReLU
     "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp", defaults=UNTIED | {"rope_theta": 1000000.0}),
     "qwen2_moe": mixture("qwen2_moe", fixed={"norm_topk_prob": False}),
     "qwen3_moe": mixture("qwen3_moe"),
@@ -224,11 +267,28 @@ FAMILIES = {
         "deepseek_v2",
         fixed={"norm_topk_prob": False, "scoring_func": "softmax"},
         kv_values=lambda c: (
-            c["num_attention_heads"] * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
+            c["num_hidden_layers"]
+            * c["num_attention_heads"]
+            * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"])
         ),
     ),
     "deepseek_v3": mixture(
-        "deepseek_v3", fixed={"scoring_func": "sigmoid"}, kv_values=lambda c: c["kv_lora_rank"] + c["qk_rope_head_dim"]
+        "deepseek_v3",
+        fixed={"scoring_func": "sigmoid"},
+        kv_values=lambda c: c["num_hidden_layers"] * (c["kv_lora_rank"] + c["qk_rope_head_dim"]),
+    ),
+    "phimoe": mixture(
+        "phimoe",
+        "block_sparse_moe.switch_mlp",
+        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        fixed={"attention_bias": True, "lm_head_bias": True, "tie_word_embeddings": False},
+    ),
+    "nemotron_h": mixture(
+        "nemotron_h",
+        "mixer.switch_mlp",
+        parts={"up": "fc1", "down": "fc2"},
+        dense=Family(mlx_lm("nemotron_h"), "plain", {"up": "up_proj", "down": "down_proj"}, "mixer", **NEMOTRON_H),
+        **NEMOTRON_H,
     ),
 }
 MULTIMODAL = {"gemma3": "gemma3_text", "gemma3n": "gemma3n_text", "mistral3": "mistral"}  # whose text runs -> as which
@@ -236,6 +296,5 @@ REFUSED = {  # families that could be thought to be here: why they are not
     "apertus": "its activation xIELU has learned numbers in every layer",
     "bitnet": "it rounds a token's activations by the largest of all units, so none can be computed before all are",
     "glm": "mlx-lm turns whole heads by position, GLM half of each",
-    "phimoe": "mlx-lm's logits are not transformers'",
 }
-SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI"}  # what mlx-lm calls the activations between experts' matrices
+SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI", "relu2": "ReLU2"}  # mlx-lm's names of experts' activations

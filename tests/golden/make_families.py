@@ -308,6 +308,11 @@ CASES = {
     | {"num_hidden_layers": 4, "sliding_window": 16, "sliding_window_pattern": 2, "tie_word_embeddings": True}
     | {"pad_token_id": 0},
     "arcee": LLAMA | {"model_type": "arcee", "hidden_act": "relu2", "head_dim": 16},
+    "nemotron_h": LLAMA  # without experts; with: make_mixtures.py
+    | {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*-", "num_hidden_layers": 4, "head_dim": 16}
+    | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "mamba_num_heads": 8, "mamba_head_dim": 16}
+    | {"ssm_state_size": 32, "n_groups": 2, "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
+    | {"attention_bias": False, "mlp_bias": True, "use_bias": False, "mamba_proj_bias": False},
     "starcoder2": LLAMA
     | {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": 100}
     | {"tie_word_embeddings": True},
@@ -378,6 +383,8 @@ def main():
         state = model.state_dict()
         if model.config.tie_word_embeddings:
             state.pop(next(name for name in ("lm_head.weight", "embed_out.weight") if name in state))
+        if config["model_type"] == "nemotron_h":  # transformers renames what it reads
+            state = {name.replace("model.", "backbone."): value for name, value in state.items()}
         shapes = {name: list(value.shape) for name, value in state.items()}
         with torch.no_grad():
             for name, value in state.items():
