@@ -39,8 +39,6 @@ class Checkpoint:
             raise CheckpointError(f"{path / 'config.json'}: not JSON ({error})") from None
         self.family, self.activation, self.threshold = family_of(self.config, str(path))
         self.quantization = quantization_of(self.config, str(path))
-        if self.quantization is not None and self.family.layout != "experts":
-            raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
         self.files = _files(path)
         self._check_files()
         self._unfit = build_model(self.config, str(path))  # its `sanitize` may change the model, and is called again

@@ -108,7 +108,7 @@ class Manifest:
     """What a bundle says of itself; see the module's head for where it stands."""
 
     model_type: str
-    layout: str  # plain | gated | ...: the meaning of the parts, owned by the FFN
+    layout: str  # plain | gated | experts | blocks: the meaning of the parts, owned by the FFN
     activation: str
     dtype: str  # of the float parts and of the activations
     d_model: int
@@ -123,7 +123,7 @@ class Manifest:
     @property
     def sparse(self) -> bool:
         """Whether units may be left out as inactive; otherwise all are computed and what is absent streams."""
-        return self.activation in SPARSE_ACTIVATIONS
+        return self.activation in SPARSE_ACTIVATIONS and self.layout != "blocks"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -200,6 +200,11 @@ class Bundle:
         """Raises BundleError where units are never zero, so that predicting which are would be wrong."""
         if self.manifest.layout == "experts":
             raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; it is exact")
+        if self.manifest.layout == "blocks":
+            raise BundleError(
+                f"{self.path}: made of a quantised checkpoint, whose neurons share scales and are read in blocks that "
+                "are never all zero; it runs exactly, by streaming (--exact)"
+            )
         if not self.manifest.sparse:
             raise BundleError(
                 f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "

@@ -97,9 +97,10 @@ def load_bundle(
     config = settings(bundle.config(), where)
     family, *activation = family_of(config, where)
     manifest = bundle.manifest
-    if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
-        raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     mixture = family.layout == "experts"  # of which dense layers may be a part
+    layout = "blocks" if manifest.layout == "blocks" and not mixture else family.layout
+    if [manifest.layout, manifest.activation, manifest.threshold] != [layout, *activation]:
+        raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     layers = bundle.num_layers if mixture else config["num_hidden_layers"]
     if (manifest.d_model, bundle.num_layers) != (config["hidden_size"], layers):
         raise BundleError(
@@ -310,10 +311,13 @@ def _load_resident(
     wanted: dict[str, tuple[tuple[int, ...], str]] = {}  # name to shape and kind of number
     for i, layer in enumerate(ffn_layers(model, family)):
         ffn = find(layer, family.ffn)
-        if family.layout == "experts":
+        if manifest.layout == "experts":
             _check_experts(bundle, i, ffn, family)
+        elif manifest.layout == "blocks":
+            _check_blocks(bundle, i, ffn, family)
         for part, path in family.parts.items():
-            if family.layout != "experts" and "bias" in attrgetter(path)(ffn):
+            own = part == "down" if manifest.layout == "blocks" else manifest.layout != "experts"
+            if own and "bias" in attrgetter(path)(ffn):
                 size = manifest.d_model if part == "down" else manifest.layers[i].units
                 wanted[f"ffn.{i}.{part}_bias"] = (size,), "float"
         graft(layer, family.ffn, nn.Identity())
@@ -352,3 +356,15 @@ def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> N
     said = {"gate": (units, hidden, d), "up": (units, hidden, d), "down": (units, d, hidden)}
     if shapes != said or biased != ("up_bias" in manifest.record):
         raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")
+
+
+def _check_blocks(bundle: Bundle, index: int, mlp: Any, family: Family) -> None:
+    """That a layer's records are the FFN which config.json describes."""
+    record = bundle.manifest.record
+    parts = {part: attrgetter(path)(mlp) for part, path in family.parts.items()}
+    width = (bundle.manifest.d_model, bundle.manifest.layers[index].units * record["up"].shape[0])
+    biased = {f"{part}_bias" for part, module in parts.items() if part != "down" and "bias" in module}
+    names = {p.name for p in record.parts}
+    same = parts.keys() == names & {"gate", "up", "down"} and biased == {n for n in names if n.endswith("_bias")}
+    if parts["down"].weight.shape != width or not same:
+        raise BundleError(f"{bundle.path}: its blocks are not the layers that config.json describes; convert again")

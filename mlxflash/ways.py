@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mlxflash.backends import FFN, Backend
+from mlxflash.backends import FFN, PARTIAL_SUMS, Backend
 from mlxflash.bundle import ITEM_BYTES, Bundle, Manifest
 from mlxflash.diskprofile import DiskProfile
 from mlxflash.fidelity import Level
@@ -15,6 +15,7 @@ from mlxflash.models import (
 from mlxflash.plan import (
     LAYER_OBJECTS,
     MIN_SLOTS,
+    PREFILL_TOKENS,
     Plan,
     Sizes,
 )
@@ -123,6 +124,9 @@ def sizes_of(
     if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
         chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
         least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
+    elif manifest.layout == "blocks":  # the products of a layer's neurons, and down's of some blocks
+        sums = PARTIAL_SUMS // PREFILL_TOKENS[-1]
+        least, token = 1, (3 * max(units) * ffn.neurons + sums * manifest.d_model) * item
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,
@@ -137,7 +141,7 @@ def sizes_of(
         score_token=2 * int(config["num_attention_heads"]) * 4,
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
-        staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+        staged=backend.is_staged(ffn),
         discrete=backend.discrete,
         least_slots=least,
         expert_token=token,

@@ -16,6 +16,7 @@ from mlxflash._native import core
 from mlxflash.backends import FFN, Matrix, Traffic, stagings
 from mlxflash.backends.attention import replace_attention
 from mlxflash.backends.experts import MLXExperts, NativeExperts
+from mlxflash.backends.metal import MLXRows
 from mlxflash.bundle import Manifest
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
@@ -51,6 +52,8 @@ class CPUBackend:
             return MLXExperts(ffn, capacity, staging, None, mx.float32)
         if ffn.layout == "experts":
             return NativeExperts(ffn, capacity, staging)
+        if ffn.layout == "blocks":
+            return MLXRows(ffn, capacity, staging, False, False)
         return NativeRows(ffn, capacity, staging)
 
     def slot_bytes(self, ffn: FFN) -> int:
@@ -58,6 +61,9 @@ class CPUBackend:
 
     def layer_bytes(self, ffn: FFN) -> int:
         return 0
+
+    def is_staged(self, ffn: FFN) -> bool:
+        return not ffn.record.aligned
 
     def operand(self, x: mx.array) -> np.ndarray:
         return _host(x)
