@@ -1,7 +1,7 @@
 """Dense FFNs that MLX has quantised, one record per block of neurons, their numbers as they are.
 
-MLX groups `down` [d_model, neurons] along the neurons: those of a group share scales, and none can be stored alone. So a
-unit is a group: its rows of `gate` and `up` and its columns of `down`, whole matrices as an expert's are, with what
+MLX groups `down` [d_model, neurons] along the neurons: those of a group share scales, and none can be stored alone. So
+a unit is a group: its rows of `gate` and `up` and its columns of `down`, whole matrices as an expert's are, with what
 quantisation adds and, where the family has them, the biases of its rows.
 
 All layers have one format. Where they differ in bits (mlx-lm's mixed recipes), the widest holds the others: the same

@@ -9,7 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes, quantize_model
 
-from build import write_tokenizer
+from build import Shape, write_checkpoint, write_tokenizer
 
 COMMON = {
     "hidden_size": 128,
@@ -36,6 +36,7 @@ CONFIGS = {
     "phi3": {"rope_scaling": None, "original_max_position_embeddings": 512},
     "starcoder2": {"hidden_act": "gelu", "norm_epsilon": 1e-5},  # mlx-lm computes it so, whatever is said
 }
+SHAPE = Shape(d_model=64, ffn=256)
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -66,3 +67,30 @@ def write(path, kind, *given, change=lambda weights: weights, **named):
     mx.save_safetensors(str(path / "model.safetensors"), change(weights), metadata={"format": "mlx"})
     (path / "config.json").write_text(json.dumps(config))
     write_tokenizer(path, config["vocab_size"])
+
+
+def write_opt(path):
+    """An OPT quantised as mlx-lm would, if it had the class."""
+    write_checkpoint(path, SHAPE)
+    model = _opt_of(json.loads((path / "config.json").read_text()))
+    weights = model.sanitize(mx.load(str(path / "model.safetensors")))
+    model.load_weights(list(weights.items()))
+    model, config = quantize_model(model, SHAPE.config(), 32, 4)
+    weights = {name.replace(".mlp.", "."): array for name, array in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def opt(path):
+    """That checkpoint in our class, whose FFNs are MLX's quantised layers."""
+    model = _opt_of(json.loads((path / "config.json").read_text()))
+    weights = model.sanitize(mx.load(str(path / "model.safetensors")))
+    nn.quantize(model, 32, 4, class_predicate=lambda name, _: f"{name}.scales" in weights)
+    model.load_weights(list(weights.items()))
+    return model
+
+
+def _opt_of(config):
+    from mlxflash.models.opt import Model, ModelArgs
+
+    return Model(ModelArgs.from_dict(config))

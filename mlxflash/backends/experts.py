@@ -56,8 +56,8 @@ class ExpertRows(Protocol):
         """Results of `experts`, each with where its rows belong: [pairs, d_model], evaluated where slots may change."""
 
 
-class _Slots:
-    """Record-shaped slots: the part of ExpertRows that the window sees."""
+class Slots:
+    """Record-shaped slots: the part of a backend's rows that the window sees."""
 
     def __init__(self, ffn: FFN, capacity: int, memory: memoryview, staging: Staging):
         self.capacity = capacity
@@ -92,7 +92,7 @@ def _clamped(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 HOST_ACTIVATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"silu": _silu, "clamped": _clamped}
 
 
-class NativeExperts(_Slots):
+class NativeExperts(Slots):
     """Native kernels on host memory, one expert after another with all of its tokens. Results are float32, and
     there when `experts` returns."""
 
@@ -135,7 +135,7 @@ class NativeExperts(_Slots):
         if self._ffn.bits:
             more = {"scales": self._bytes(slot, f"{name}_scales"), "biases": self._bytes(slot, f"{name}_biases")}
         if f"{name}_bias" in self._spans:
-            more["bias"] = _floats(self._bytes(slot, f"{name}_bias"), self._ffn.record[f"{name}_bias"].dtype)
+            more["bias"] = floats(self._bytes(slot, f"{name}_bias"), self._ffn.record[f"{name}_bias"].dtype)
         core.matmul(out, x, words, self._kind, len(x), rows, x.shape[1], row_bytes, **self._call, **more)
         return out
 
@@ -153,8 +153,8 @@ class NativeExperts(_Slots):
         return mx.array(out)
 
 
-def _floats(raw: memoryview, dtype: str) -> np.ndarray:
-    """Stored numbers as float32."""
+def floats(raw: Any, dtype: str) -> np.ndarray:
+    """Stored numbers, bytes one after the other, as float32."""
     if dtype == "bfloat16":
         return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, dtype).astype(np.float32)
@@ -166,7 +166,7 @@ def _floats(raw: memoryview, dtype: str) -> np.ndarray:
 MLX_ACTIVATIONS: dict[str, Callable[[mx.array, mx.array], mx.array]] = {"silu": swiglu, "clamped": swiglu_oai}
 
 
-class MLXExperts(_Slots):
+class MLXExperts(Slots):
     """Strided views of one MLX array and gather operations, whose shapes do not depend on which experts are held.
 
     `compute`: the dtype that weights are multiplied in, None: their own. Where it is not theirs (MLX's CPU gathers

@@ -224,19 +224,20 @@ class MLXRows:
         if not self._ffn.bits:
             rows = self._rows(name, n)
             return x @ (rows.T if transpose else rows)
-        words, *more = self._quantised(name, n)
+        operands = self._quantised(name, n)
         if self._ffn.layout == "blocks":  # their rows, one block's after the other
-            words, *more = (a if a is None else a.reshape(-1, a.shape[-1]) for a in (words, *more))
-        return self._quantised_matmul(x, name, words, *more, transpose)
+            operands = [a if a is None else a.reshape(-1, a.shape[-1]) for a in operands]
+        return self._quantised_matmul(x, name, operands, transpose)
 
     def _quantised(self, name: str, n: int) -> list[Any]:
         """Words, scales and, but in mxfp4, biases of the live prefix."""
         ends = ("", "_scales", "_biases")
         return [self._rows(name + end, n) if name + end in self._ffn.record else None for end in ends]
 
-    def _quantised_matmul(self, x: mx.array, name: str, *operands: Any) -> mx.array:
+    def _quantised_matmul(self, x: mx.array, name: str, operands: list[Any], transpose: bool) -> mx.array:
         bits, group = self._ffn.format(name)
-        return mx.quantized_matmul(x, *operands, group, bits, mode=self._ffn.mode)
+        words, scales, biases = operands
+        return mx.quantized_matmul(x, words, scales, biases, transpose, group, bits, self._ffn.mode)
 
     def _biased(self, x: mx.array, name: str, n: int) -> mx.array:
         y = self._product(x, name, n, True)
@@ -245,14 +246,14 @@ class MLXRows:
         return y + self._rows(f"{name}_bias", n).reshape(-1).astype(x.dtype)
 
     def _blocks_down(self, h: mx.array, n: int) -> mx.array:
-        """h [tokens, n * neurons] times the blocks' down matrices, some of them at a time: float32 [tokens, d_model]."""
+        """h [tokens, n * neurons] times the blocks' down matrices, some at a time: float32 [tokens, d_model]."""
         h = h.reshape(len(h), n, -1).swapaxes(0, 1)
         step = max(1, PARTIAL_SUMS // h.shape[1])
         y = mx.zeros((h.shape[1], self._ffn.d_model))
         for first in range(0, n, step):
             some = slice(first, first + step)
             operands = [a if a is None else a[some] for a in self._quantised("down", n)]
-            y = y + self._quantised_matmul(h[some], "down", *operands, True).astype(mx.float32).sum(axis=0)
+            y = y + self._quantised_matmul(h[some], "down", operands, True).astype(mx.float32).sum(axis=0)
         return y
 
     def ffn(

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlxflash.bundle import Bundle, BundleError
+from mlxflash.bundle import SPARSE_ACTIVATIONS, Bundle, BundleError, Manifest
 from mlxflash.catalog import KNOWN, Known
 from mlxflash.commands.terminal import Progress, say
 from mlxflash.plan import format_bytes
@@ -94,16 +94,26 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "streamed_bytes": bundle.streamed_bytes(),
         "resident_bytes": bundle.resident_bytes(),
         "predictors": {n: sum(f.stat().st_size for f in bundle.predictor_files(n)) for n in bundle.predictors()},
-        "runs": "sparse: predicted units only" if m.sparse else "exact: every unit, streamed where it is not held",
+        "runs": _runs(m),
         "calibration": m.calibration,
         "source": m.source,
     }
 
 
+def _runs(manifest: Manifest) -> str:
+    if manifest.sparse:
+        return "sparse: predicted units only"
+    said = "exact: every unit, streamed where it is not held"
+    if manifest.layout == "blocks" and manifest.activation in SPARSE_ACTIVATIONS:
+        said += f" ({manifest.activation} makes single neurons zero, but they share scales and lie in blocks)"
+    return said
+
+
 def describe(bundle: Bundle) -> str:
     """What `info` tells, for people."""
     f, m = facts(bundle), bundle.manifest
-    bits = f"{m.quantization['bits']}-bit, groups of {m.quantization['group_size']}" if m.quantization else m.dtype
+    q = m.quantization
+    bits = f"{q['bits']}-bit {q['mode']}, groups of {q['group_size']}" if q else m.dtype
     names = " | ".join(p.name for p in m.record.parts if p.offset is not None)
     lines = [
         f"{bundle.path}: {m.model_type} from {m.source}, {bits}",
