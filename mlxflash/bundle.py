@@ -112,7 +112,7 @@ class Manifest:
     activation: str
     dtype: str  # of the float parts and of the activations
     d_model: int
-    quantization: dict[str, Any] | None  # {"bits", "group_size", "mode"} of the streamed parts
+    quantization: dict[str, Any] | None  # {"bits", "group_size", "mode"} of the streamed parts; of blocks, of `up`
     record: Record
     layers: tuple[Layer, ...]
     source: str = ""
@@ -202,8 +202,8 @@ class Bundle:
             raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; it is exact")
         if self.manifest.layout == "blocks":
             raise BundleError(
-                f"{self.path}: made of a quantised checkpoint, whose neurons share scales and are read in blocks that "
-                "are never all zero; it runs exactly, by streaming (--exact)"
+                f"{self.path}: made of a quantised checkpoint, whose neurons share scales and are read in blocks, "
+                "of which none can be left out; it runs exactly, by streaming (--exact)"
             )
         if not self.manifest.sparse:
             raise BundleError(

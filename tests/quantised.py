@@ -76,8 +76,7 @@ def write_opt(path):
     weights = model.sanitize(mx.load(str(path / "model.safetensors")))
     model.load_weights(list(weights.items()))
     model, config = quantize_model(model, SHAPE.config(), 32, 4)
-    weights = {name.replace(".mlp.", "."): array for name, array in tree_flatten(model.parameters())}
-    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (path / "config.json").write_text(json.dumps(config))
 
 

@@ -183,7 +183,7 @@ def test_relu_runs_exactly_and_says_so(tmp_path, capsys):
         with pytest.raises(BundleError, match="neurons share scales"):
             load_bundle(bundle.path, predictor=predictor)
     main(["info", str(bundle.path)])
-    assert "exact: every unit, streamed where it is not held (relu makes single" in capsys.readouterr().out
+    assert "exact: every unit, streamed where it is not held (relu makes neurons" in capsys.readouterr().out
 
 
 def test_opt(tmp_path):

@@ -105,7 +105,7 @@ def _runs(manifest: Manifest) -> str:
         return "sparse: predicted units only"
     said = "exact: every unit, streamed where it is not held"
     if manifest.layout == "blocks" and manifest.activation in SPARSE_ACTIVATIONS:
-        said += f" ({manifest.activation} makes single neurons zero, but they share scales and lie in blocks)"
+        said += f" ({manifest.activation} makes neurons zero, but they share scales and are read in blocks)"
     return said
 
 
@@ -114,10 +114,11 @@ def describe(bundle: Bundle) -> str:
     f, m = facts(bundle), bundle.manifest
     q = m.quantization
     bits = f"{q['bits']}-bit {q['mode']}, groups of {q['group_size']}" if q else m.dtype
+    units = f"{f['units_per_layer']} units" + (f" of {m.record['up'].shape[0]} neurons" if m.layout == "blocks" else "")
     names = " | ".join(p.name for p in m.record.parts if p.offset is not None)
     lines = [
         f"{bundle.path}: {m.model_type} from {m.source}, {bits}",
-        f"  layers      {f['layers']} of {f['units_per_layer']} units, {m.layout}, {m.activation}, width {m.d_model}",
+        f"  layers      {f['layers']} of {units}, {m.layout}, {m.activation}, width {m.d_model}",
         f"  records     {f['record_bytes']} bytes every {f['record_stride']}: {names}",
         f"  streamed    {format_bytes(f['streamed_bytes'])}",
         f"  resident    {format_bytes(f['resident_bytes'])}",
