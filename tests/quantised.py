@@ -34,6 +34,18 @@ CONFIGS = {
     "gemma2": {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32, "sliding_window": 512},
     "phi": {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
     "phi3": {"rope_scaling": None, "original_max_position_embeddings": 512},
+    "nemotron": {"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    "glm4": {"partial_rotary_factor": 0.5, "attention_bias": False},
+    "gpt2": {
+        "n_embd": 128,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 512,
+        "n_ctx": 512,
+        "n_inner": 384,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+    },
     "starcoder2": {"hidden_act": "gelu", "norm_epsilon": 1e-5},  # mlx-lm computes it so, whatever is said
 }
 SHAPE = Shape(d_model=64, ffn=256)
