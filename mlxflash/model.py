@@ -122,7 +122,7 @@ def load_bundle(
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
     if mixture and (look_ahead or own is not None):
         raise ValueError(f"{where}: a mixture's own router says which experts a token needs; it is exact")
-    if own is None and predictor not in (None, "all"):
+    if predictor not in (None, "all") and (own is None or manifest.layout == "blocks"):
         bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")

@@ -179,7 +179,7 @@ def test_relu_runs_exactly_and_says_so(tmp_path, capsys):
         with load(bundle.path, backend, predictor=None) as model:
             assert model.flash.mode == "exact (streaming)"
             assert_same(decode(model, tokens)[0], mixtures.logits_of(rectified(tmp_path / "c"), tokens))
-    for predictor in ("low-bit", "low-rank", "oracle"):
+    for predictor in ("low-bit", "low-rank", "oracle", [None] * 3):
         with pytest.raises(BundleError, match="neurons share scales"):
             load_bundle(bundle.path, predictor=predictor)
     main(["info", str(bundle.path)])
@@ -368,7 +368,7 @@ def test_what_one_format_cannot_hold(tmp_path, case):
         convert(tmp_path / "c", tmp_path / "b")
 
 
-@pytest.mark.parametrize("damage", ["part", "shape", "mode", "none", "units", "gate", "bias", "dtype"])
+@pytest.mark.parametrize("damage", ["part", "shape", "bits", "mode", "none", "units", "gate", "bias", "dtype"])
 def test_damaged_manifests(made, tmp_path, damage):
     _, target = made()
     copy = tmp_path / "b.flash"
@@ -380,6 +380,8 @@ def test_damaged_manifests(made, tmp_path, damage):
         parts[0]["name"] = "gaet"
     elif damage == "shape":
         parts[0]["shape"].reverse()
+    elif damage == "bits":
+        manifest["quantization"]["bits"] = 8
     elif damage == "mode":
         manifest["quantization"]["mode"] = "mxfp4"
     elif damage == "none":

@@ -123,12 +123,10 @@ class FFN:
     @classmethod
     def _of_blocks(cls, manifest: Manifest, where: str) -> "FFN":
         """A block's parts are quantised matrices as MLX has them: gate, where there is one, and up [neurons, d_model],
-        down [d_model, neurons], each of its own bits and group size; of gate and up perhaps the biases."""
-        q, record, d = (
-            manifest.quantization or {"bits": 0, "group_size": 0, "mode": ""},
-            manifest.record,
-            manifest.d_model,
-        )
+        down [d_model, neurons], each of its own bits and group size (of down, all the neurons), and perhaps biases of
+        gate and up."""
+        record, d = manifest.record, manifest.d_model
+        q = manifest.quantization or {"bits": 0, "group_size": 0, "mode": ""}
         parts = {p.name: (p.dtype, p.shape) for p in record.parts if p.offset is not None}
         up, (scales, _) = parts.get("up", ("", ()))[1], parts.get("up_scales", ("", ()))
         neurons = up[0] if up else 0
@@ -139,7 +137,7 @@ class FFN:
         for name in ("gate", "up", "down") if "gate" in parts else ("up", "down"):
             rows, columns = (d, neurons) if name == "down" else (neurons, d)
             for bits, group in choices:
-                if columns % group:
+                if columns % group or (name == "down" and columns != group):
                     continue
                 matrix = {name: ("uint32", (rows, columns * bits // 32))}
                 matrix[f"{name}_scales"] = scales, (rows, columns // group)
@@ -150,7 +148,8 @@ class FFN:
                     wanted |= matrix
             if f"{name}_bias" in parts and name != "down":
                 wanted[f"{name}_bias"] = manifest.dtype, (rows,)
-        if "up" not in formats or parts != wanted or len(parts) != len(record.parts):
+        same = formats.get("up") == (q["bits"], q["group_size"]) and len(parts) == len(record.parts)
+        if parts != wanted or not same:
             raise BundleError(f"{where}: these are not the parts of blocks of width {d}; convert again")
         return cls("blocks", manifest.activation, record, d, q["bits"], q["group_size"], manifest.threshold, q["mode"],
                    formats)  # fmt: skip

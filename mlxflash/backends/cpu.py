@@ -16,7 +16,7 @@ from mlxflash._native import core
 from mlxflash.backends import FFN, Matrix, Traffic, stagings
 from mlxflash.backends.attention import replace_attention
 from mlxflash.backends.experts import MLXExperts, NativeExperts, Slots, floats
-from mlxflash.backends.metal import MLXRows
+from mlxflash.backends.metal import MLXBackend
 from mlxflash.bundle import Manifest
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
@@ -37,6 +37,7 @@ class CPUBackend:
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self._mlx = MLXBackend(mx.cpu)
 
     def available_memory(self) -> int | None:
         return None
@@ -52,8 +53,8 @@ class CPUBackend:
             return MLXExperts(ffn, capacity, staging, None, mx.float32)
         if ffn.layout == "experts":
             return NativeExperts(ffn, capacity, staging)
-        if ffn.layout == "blocks" and ffn.mode != "affine":
-            return MLXRows(ffn, capacity, staging, record_rows=False, alias=False)
+        if _left_to_mlx(ffn):
+            return self._mlx.rows(ffn, capacity, staging)
         if ffn.layout == "blocks":
             return NativeBlocks(ffn, capacity, staging)
         return NativeRows(ffn, capacity, staging)
@@ -62,10 +63,10 @@ class CPUBackend:
         return ffn.record.stride + 4 * sum(p.offset is None for p in ffn.record.parts)
 
     def layer_bytes(self, ffn: FFN) -> int:
-        return 0
+        return self._mlx.layer_bytes(ffn) if _left_to_mlx(ffn) else 0
 
     def is_staged(self, ffn: FFN) -> bool:
-        return not ffn.record.aligned or (ffn.layout == "blocks" and ffn.mode != "affine")
+        return self._mlx.is_staged(ffn) if _left_to_mlx(ffn) else not ffn.record.aligned
 
     def operand(self, x: mx.array) -> np.ndarray:
         return _host(x)
@@ -102,6 +103,11 @@ class CPUBackend:
         replace_attention(model)
         for name, array in weights.items():
             weights[name] = array.mlx().astype(mx.float32) if len(array.shape) < 2 else array.mlx()
+
+
+def _left_to_mlx(ffn: FFN) -> bool:
+    """Blocks in formats that the kernels do not know."""
+    return ffn.layout == "blocks" and ffn.mode != "affine"
 
 
 def _take_matrix(path: str, module: nn.Module, weights: dict[str, Any]) -> Matrix:

@@ -261,15 +261,15 @@ class MLXRows:
     ) -> tuple[mx.array, np.ndarray | None]:
         if n == 0:  # the quantised kernels of MLX's CPU device die of zero rows
             return mx.zeros_like(x), np.zeros((watch, 0), bool) if watch else None
-        blocks = self._ffn.layout == "blocks"
         first = self._biased(x, self._ffn.first, n)
         h = activate(self._ffn, first, self._biased(x, "up", n) if self._ffn.gated else None)
         if keep is not None:
             h = mx.where(mx.array(np.repeat(keep, self._ffn.neurons)), h, mx.zeros((), h.dtype))
-        y = (self._blocks_down(h, n) if blocks else self._product(h, "down", n, False)).astype(x.dtype)
+        whole = self._ffn.layout == "blocks"
+        y = (self._blocks_down(h, n) if whole else self._product(h, "down", n, False)).astype(x.dtype)
         active = None
         if watch:
-            used = (h[-watch:] != 0).reshape(watch, n, -1).any(axis=-1)
+            used = h[-watch:] != 0
             mx.eval(y, used)
             active = np.asarray(used)
         self._pending = y
