@@ -249,20 +249,25 @@ class _Job:
                 kind = mx.float16 if self.dtype == "float32" else DTYPES[self.dtype]
                 new = {name: words, f"{module}.scales": scales.astype(kind), f"{module}.biases": biases.astype(kind)}
             else:
-                new = {name: array.astype(DTYPES[self.dtype]) if array.dtype in DTYPES.values() else array}
+                new = {name: self._as_stored(array)}
             mx.eval(list(new.values()))
             shard.update(new)
             if sum(a.nbytes for a in shard.values()) >= SHARD_BYTES:
                 flush()
         for index in range(len(self.layers)):
             for part, array in self.layout.residents(self.checkpoint, index).items():
-                shard[f"ffn.{index}.{part}"] = array.astype(DTYPES[self.dtype])
+                shard[f"ffn.{index}.{part}"] = self._as_stored(array)
         flush()
         progress("resident weights", len(names), len(names))
         for pattern in ("config.json", *KEPT_FILES):
             for file in self.checkpoint.path.glob(pattern):
                 if file.is_file():
                     shutil.copy(file, self.partial / file.name)
+
+    def _as_stored(self, array: mx.array) -> mx.array:
+        """Floats in the bundle's dtype, but of a quantised checkpoint everything as it is."""
+        verbatim = self.checkpoint.quantization is not None or array.dtype not in DTYPES.values()
+        return array if verbatim else array.astype(DTYPES[self.dtype])
 
     def finish(self) -> None:
         write_manifest(self.partial, self.manifest())

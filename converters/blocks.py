@@ -37,7 +37,10 @@ class Blocks:
         self._bits = {part: max(f["bits"] for f in found) for part, found in formats.items()}
         self._neurons = formats["down"][0]["group_size"]
         self.quantization = formats["up"][0] | {"bits": self._bits["up"]}
-        self.record = make_record([Part(name, DTYPES[a.dtype], a.shape[1:], 0) for name, a in self._arrays(0).items()])
+        arrays = self._arrays(0)
+        if len({a.dtype for name, a in arrays.items() if name.endswith(("_scales", "_biases"))}) > 1:
+            raise self._differs(0)
+        self.record = make_record([Part(name, DTYPES[a.dtype], a.shape[1:], 0) for name, a in arrays.items()])
 
     def width(self, checkpoint: Checkpoint) -> int:
         return dense.width(checkpoint)
@@ -80,8 +83,8 @@ class Blocks:
 
     def _differs(self, layer: int) -> CheckpointError:
         return CheckpointError(
-            f"{self._checkpoint.path}: the feed-forward weights of layer {layer} are quantised otherwise than layer "
-            "0's; a bundle holds one mode, group size and type of scales"
+            f"{self._checkpoint.path}: the feed-forward weights of layer {layer} are quantised otherwise than those "
+            "before; a bundle holds one mode, group size and type of scales"
         )
 
     def _arrays(self, layer: int) -> dict[str, mx.array]:

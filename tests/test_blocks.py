@@ -186,6 +186,22 @@ def test_relu_runs_exactly_and_says_so(tmp_path, capsys):
     assert "exact: every unit, streamed where it is not held (relu makes neurons" in capsys.readouterr().out
 
 
+def test_floats_of_several_types(tmp_path):
+    """What mlx-lm leaves in float32 is not rounded to the type of the others."""
+
+    def change(weights):
+        other = ("up_proj.bias", "down_proj.bias", "norm.weight")
+        return {k: v.astype(mx.float32) * 1.001 if k.endswith(other) else v for k, v in weights.items()}
+
+    quantised.write(tmp_path / "c", "llama", change=change)
+    bundle = convert(tmp_path / "c", tmp_path / "b")
+    assert [bundle.manifest.record[f"{name}_bias"].dtype for name in ("gate", "up")] == ["bfloat16", "float32"]
+    tokens = prompt(5, seed=11)
+    for backend in ("native", "parts-alias"):
+        with load(bundle.path, backend, predictor=None) as model:
+            assert_same(decode(model, tokens)[0], dense_logits(tmp_path / "c", tokens))
+
+
 def test_opt(tmp_path):
     """A family that mlx-lm lacks, with plain units and biases."""
     quantised.write_opt(tmp_path / "c")
@@ -329,6 +345,11 @@ BAD = {
         lambda w: w | {f"{DOWN}.{k}": w[f"{DOWN}.{k}"].astype(mx.float32) for k in ("scales", "biases")},
         {},
         "layer 1 are quantised otherwise",
+    ),
+    "scales of two types in every layer": (
+        lambda w: {k: v.astype(mx.float32) if "up_proj.scales" in k else v for k, v in w.items()},
+        {},
+        "layer 0 are quantised otherwise",
     ),
     "NaN": (lambda w: w | {f"{DOWN}.scales": w[f"{DOWN}.scales"] * mx.nan}, {}, "NaN"),
     "groups that do not divide": (None, {"quantization": {"group_size": 80, "bits": 4}}, "cannot be quantised so"),

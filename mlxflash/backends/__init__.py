@@ -146,8 +146,8 @@ class FFN:
                 if matrix.items() <= parts.items():
                     formats[name] = bits, group
                     wanted |= matrix
-            if f"{name}_bias" in parts and name != "down":
-                wanted[f"{name}_bias"] = manifest.dtype, (rows,)
+            if name != "down" and parts.get(f"{name}_bias", ("",))[0] in FLOATS:
+                wanted[f"{name}_bias"] = parts[f"{name}_bias"][0], (rows,)
         same = formats.get("up") == (q["bits"], q["group_size"]) and len(parts) == len(record.parts)
         if parts != wanted or not same:
             raise BundleError(f"{where}: these are not the parts of blocks of width {d}; convert again")
