@@ -52,8 +52,6 @@ class Checkpoint:
         self._beside = self.config is not said  # what sees and hears lies beside the text model
         self.family, self.activation, self.threshold = family_of(self.config, str(path))
         self.quantization = quantization_of(self.config, str(path))
-        if self.quantization is not None and self.family.layout != "experts":
-            raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
         self.files = _files(path)
         self._check_files()
         if self.config.get("predictor_size"):

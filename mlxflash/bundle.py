@@ -108,11 +108,11 @@ class Manifest:
     """What a bundle says of itself; see the module's head for where it stands."""
 
     model_type: str
-    layout: str  # plain | gated | ...: the meaning of the parts, owned by the FFN
+    layout: str  # plain | gated | experts | blocks: the meaning of the parts, owned by the FFN
     activation: str
     dtype: str  # of the float parts and of the activations
     d_model: int
-    quantization: dict[str, Any] | None  # {"bits", "group_size", "mode"} of the streamed parts; "parts": see formats
+    quantization: dict[str, Any] | None  # {"bits", "group_size", "mode"} of the streamed parts; of blocks, of `up`
     record: Record
     layers: tuple[Layer, ...]
     source: str = ""
@@ -128,9 +128,9 @@ class Manifest:
 
     @property
     def sparse(self) -> bool:
-        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams. Experts,
-        which have neurons of their own, may not."""
-        return self.activation in SPARSE_ACTIVATIONS and self.layout != "experts"
+        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams. Experts and
+        blocks, which have neurons of their own, may not."""
+        return self.activation in SPARSE_ACTIVATIONS and self.layout not in ("experts", "blocks")
 
     @property
     def routed(self) -> bool:
@@ -214,6 +214,11 @@ class Bundle:
             raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; it is exact")
         if self.manifest.routed:
             raise BundleError(f"{self.path}: the model's own predictor says which units a token needs; it is exact")
+        if self.manifest.layout == "blocks":
+            raise BundleError(
+                f"{self.path}: made of a quantised checkpoint, whose neurons share scales and are read in blocks, "
+                "of which none can be left out; it runs exactly, by streaming (--exact)"
+            )
         if not self.manifest.sparse:
             raise BundleError(
                 f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "

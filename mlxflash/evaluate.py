@@ -338,9 +338,8 @@ class _Watch(nn.Module):
         x = np.memmap(self._inputs.name, np.float32, "r").reshape(tokens, bundle.manifest.d_model)
         if not np.isfinite(x).all():
             raise ValueError(f"{bundle.path}: layer {index} is given NaN or infinity on this text")
-        (exact, _, bias), backend, units = deciding(bundle, index), make_backend(device), self._layer.units
-        active = [backend.project(mx.array(x[i : i + CHUNK]), exact)() + bias > 0 for i in range(0, len(x), CHUNK)]
-        truth = np.concatenate(active)
+        units = self._layer.units
+        truth = _active(bundle, index, device, x) if bundle.manifest.sparse else np.ones((tokens, units), bool)
         flags = np.ones_like(truth)
         if self._flagged:
             flags = np.unpackbits(np.stack(self._flagged), axis=1, count=units).astype(bool)
@@ -361,6 +360,13 @@ class _Watch(nn.Module):
             capacity=capacity,
             new_units=new_units(truth if self._whole else flags),
         )
+
+
+def _active(bundle: Bundle, index: int, device: str | None, x: np.ndarray) -> np.ndarray:
+    """Which units of a layer inputs x [tokens, d_model] leave other than zero: bool [tokens, units]."""
+    (exact, _, bias), backend = deciding(bundle, index), make_backend(device)
+    chunks = (mx.array(x[i : i + CHUNK]) for i in range(0, len(x), CHUNK))
+    return np.concatenate([backend.project(chunk, exact)() + bias > 0 for chunk in chunks])
 
 
 def new_units(wanted: np.ndarray) -> dict[int, float]:

@@ -99,9 +99,10 @@ def load_bundle(
     config = settings(bundle.config(), where)
     family, *activation = family_of(config, where)
     manifest = bundle.manifest
-    if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
-        raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     mixture = family.layout == "experts"  # of which dense layers may be a part
+    layout = "blocks" if manifest.layout == "blocks" and not mixture else family.layout
+    if [manifest.layout, manifest.activation, manifest.threshold] != [layout, *activation]:
+        raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
     if manifest.d_model != config["hidden_size"]:
         raise BundleError(f"{where}: made of layers of width {manifest.d_model}, config.json says otherwise")
     if window is not None and window < 1:
@@ -120,7 +121,7 @@ def load_bundle(
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
     if manifest.routed and (look_ahead or own is not None):
         bundle.require_sparse()
-    if own is None and predictor not in (None, "all"):
+    if predictor not in (None, "all") and (own is None or manifest.layout == "blocks"):
         bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
@@ -311,10 +312,13 @@ def _load_resident(
     wanted: dict[str, tuple[tuple[int, ...], str]] = {}  # name to shape and kind of number
     for i, layer in enumerate(ffn_layers(model, family)):
         ffn = find(layer, family.ffn)
-        if family.layout == "experts":
+        if manifest.layout == "experts":
             _check_experts(bundle, i, ffn, family)
+        elif manifest.layout == "blocks":
+            _check_blocks(bundle, i, ffn, family)
         for part, path in family.parts.items():
-            if family.layout != "experts" and "bias" in attrgetter(path)(ffn):
+            own = part == "down" if manifest.layout == "blocks" else manifest.layout != "experts"
+            if own and "bias" in attrgetter(path)(ffn):
                 size = manifest.d_model if part == "down" else manifest.layers[i].units
                 wanted[f"ffn.{i}.{part}_bias"] = (size,), "float"
         graft(layer, family.ffn, nn.Identity())
@@ -355,3 +359,15 @@ def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> N
     as_said = [f"{part}_bias" in manifest.record for part in family.parts] == [biased] * len(said)
     if shapes != said or not as_said or ("gate" in manifest.record) != ("gate" in said):
         raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")
+
+
+def _check_blocks(bundle: Bundle, index: int, mlp: Any, family: Family) -> None:
+    """That a layer's records are the FFN which config.json describes."""
+    record = bundle.manifest.record
+    parts = {part: attrgetter(path)(mlp) for part, path in family.parts.items()}
+    width = (bundle.manifest.d_model, bundle.manifest.layers[index].units * record["up"].shape[0])
+    biased = {f"{part}_bias" for part, module in parts.items() if part != "down" and "bias" in module}
+    names = {p.name for p in record.parts}
+    same = parts.keys() == names & {"gate", "up", "down"} and biased == {n for n in names if n.endswith("_bias")}
+    if parts["down"].weight.shape != width or not same:
+        raise BundleError(f"{bundle.path}: its blocks are not the layers that config.json describes; convert again")

@@ -52,7 +52,7 @@ class Sizes:
     vocabulary: int
     staged: bool  # whether reads pass through a staging buffer
     least_slots: int = MIN_SLOTS  # of a layer; of experts, as many as one token chooses
-    expert_token: int = 0  # what one prompt token's chosen experts compute, before it is added up
+    expert_token: int = 0  # what one prompt token's chosen experts, or a layer's blocks, compute before it is added up
     discrete: bool = False  # the budget is a device's own memory; what the host holds is planned beside it
 
 

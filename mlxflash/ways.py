@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mlxflash.backends import FFN, Backend
+from mlxflash.backends import FFN, PARTIAL_SUMS, Backend
 from mlxflash.bundle import ITEM_BYTES, Bundle, Manifest
 from mlxflash.diskprofile import DiskProfile
 from mlxflash.fidelity import Level
 from mlxflash.forecast import Forecast, Work, forecast, machine_profile
 from mlxflash.misses import MissCurve
 from mlxflash.models import kv_values_per_token, state_values
-from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, Plan, Sizes
+from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, PREFILL_TOKENS, Plan, Sizes
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
 
@@ -118,6 +118,9 @@ def sizes_of(
         least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
     elif manifest.routed:
         token = max(units) * (item + 2)  # what the predictor says of each unit
+    elif manifest.layout == "blocks":  # the products of a layer's neurons, and down's of some blocks
+        sums = PARTIAL_SUMS // PREFILL_TOKENS[-1]
+        least, token = 1, (3 * max(units) * ffn.neurons + sums * manifest.d_model) * item
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident + 4 * state_values(config),
@@ -132,7 +135,7 @@ def sizes_of(
         score_token=2 * int(config["num_attention_heads"]) * 4,
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
-        staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+        staged=backend.is_staged(ffn),
         discrete=backend.discrete,
         least_slots=least,
         expert_token=token,

@@ -20,12 +20,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxflash.backends import FFN, Matrix
-from mlxflash.backends.metal import DTYPES, MLXBackend, MLXRows
+from mlxflash.backends.metal import MLXBackend, MLXRows
 from mlxflash.backends.pagelocked import Bus
 from mlxflash.hosttier import CHUNKS, HostTier, Visit
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, Source
 from mlxflash.reader import Reader
+from mlxflash.resident import MLX
 
 MOST_ITEMS = 1 << 31  # MLX's CUDA kernels for vectors count an array's items in 32 bits
 WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
@@ -131,7 +132,7 @@ class DeviceRows(MLXRows):
         self._unit_at = np.full(capacity, -1, np.int64)
         record = ffn.record
         for p in record.parts:
-            dtype = DTYPES[p.dtype] if p.offset is not None else mx.float32
+            dtype = MLX[p.dtype] if p.offset is not None else mx.float32
             if capacity * int(np.prod(p.shape)) >= MOST_ITEMS:
                 raise ValueError(f"{capacity} units of {p.name!r} are more than one array holds; use less memory")
             self._pools[p.name] = mx.zeros((capacity, *p.shape), dtype)
@@ -257,7 +258,7 @@ class DeviceRows(MLXRows):
                 new[p.name] = mx.array(np.concatenate(values))
             else:
                 part = records[:, p.offset // self._word : (p.offset + p.num_bytes) // self._word]
-                new[p.name] = part.view(DTYPES[p.dtype]).reshape(len(slots), *p.shape)
+                new[p.name] = part.view(MLX[p.dtype]).reshape(len(slots), *p.shape)
         self._update(_indices(slots), new, records)
         for a in arrived:
             self._unit_at[a.slots] = a.units

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlxflash.bundle import Bundle, BundleError
+from mlxflash.bundle import SPARSE_ACTIVATIONS, Bundle, BundleError, Manifest
 from mlxflash.catalog import KNOWN, Known
 from mlxflash.commands.terminal import Progress, say
 from mlxflash.plan import format_bytes
@@ -94,25 +94,34 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "streamed_bytes": bundle.streamed_bytes(),
         "resident_bytes": bundle.resident_bytes(),
         "predictors": {n: sum(f.stat().st_size for f in bundle.predictor_files(n)) for n in bundle.predictors()},
-        "runs": "sparse: predicted units only"
-        if m.sparse
-        else "routed: what the model's own router names, exactly"
-        if m.routed
-        else "exact: every unit, streamed where it is not held",
+        "runs": _runs(m),
         "calibration": m.calibration,
         "source": m.source,
     }
 
 
+def _runs(manifest: Manifest) -> str:
+    if manifest.sparse:
+        return "sparse: predicted units only"
+    if manifest.routed:
+        return "routed: what the model's own router names, exactly"
+    said = "exact: every unit, streamed where it is not held"
+    if manifest.layout == "blocks" and manifest.activation in SPARSE_ACTIVATIONS:
+        said += f" ({manifest.activation} makes neurons zero, but they share scales and are read in blocks)"
+    return said
+
+
 def describe(bundle: Bundle) -> str:
     """What `info` tells, for people."""
     f, m = facts(bundle), bundle.manifest
-    bits = f"{m.quantization['bits']}-bit, groups of {m.quantization['group_size']}" if m.quantization else m.dtype
+    q = m.quantization
+    bits = f"{q['bits']}-bit {q['mode']}, groups of {q['group_size']}" if q else m.dtype
     bits += "".join(f", {name} {n}-bit in {group}" for name, (n, group) in m.formats.items())
+    units = f"{f['units_per_layer']} units" + (f" of {m.record['up'].shape[0]} neurons" if m.layout == "blocks" else "")
     names = " | ".join(p.name for p in m.record.parts if p.offset is not None)
     lines = [
         f"{bundle.path}: {m.model_type} from {m.source}, {bits}",
-        f"  layers      {f['layers']} of {f['units_per_layer']} units, {m.layout}, {m.activation}, width {m.d_model}",
+        f"  layers      {f['layers']} of {units}, {m.layout}, {m.activation}, width {m.d_model}",
         f"  records     {f['record_bytes']} bytes every {f['record_stride']}: {names}",
         f"  streamed    {format_bytes(f['streamed_bytes'])}",
         f"  resident    {format_bytes(f['resident_bytes'])}",

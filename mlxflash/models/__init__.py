@@ -47,7 +47,7 @@ def settings(config: Any, where: str) -> dict[str, Any]:
         if full.get(theirs) is not None:
             full[ours] = full[theirs]
     sizes = full.get("intermediate_size")
-    if isinstance(sizes, list) and sizes == sizes[:1] * len(sizes):  # one for each layer
+    if isinstance(sizes, list) and sizes and sizes == sizes[:1] * len(sizes):  # one for each layer
         full["intermediate_size"] = sizes[0]
     if full.get("intermediate_size") is None and isinstance(full.get("hidden_size"), int):
         full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
