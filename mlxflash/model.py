@@ -21,7 +21,7 @@ from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
 from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
-from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, level_of, needs, read_cuts
+from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, levels_of, needs, read_cuts
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import (
@@ -132,9 +132,9 @@ def load_bundle(
         predictor = "low-bit" if manifest.sparse and "low-bit" in bundle.predictors() else "all"
     if mixture:
         predictor = "router"
-    level = None
+    levels: list[Level] = []
     if predictor in STORED and margin is None:
-        level = needs(bundle, str(predictor), fidelity) if fidelity else level_of(bundle, str(predictor), DEFAULT)
+        levels = needs(bundle, str(predictor), fidelity) if fidelity else levels_of(bundle, str(predictor), DEFAULT)
     elif fidelity not in (None, "exact"):
         raise ValueError(f"fidelity {fidelity!r} needs a stored predictor ({', '.join(STORED)}), not {predictor!r}")
     backend = backend or make_backend(device)
@@ -147,14 +147,22 @@ def load_bundle(
     if look_ahead and predictor == "low-rank":
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
 
-    def way(predictor: str, level: Level | None) -> Way:
+    def way(predictor: str, levels: list[Level]) -> Way:
+        """With the level of those, which hold less and less, that holds no more than the budget does."""
         ahead = look_ahead
         if ahead is None:
             ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
         more = sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
-        sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
-        tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
-        plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
+        level: Level | None = None
+        for level in (*levels, None):
+            sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
+            tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
+            plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
+            held = 0 if window else sum(plan.capacities) / sum(plan.units)  # a window's span gives up what is held
+            if level is None or level.held <= held:
+                break
+        if level is None and levels and fidelity:  # a bundle of before, which had one measurement
+            raise BundleError(f"{where}: {fidelity!r} was measured with more held than here; calibrate again")
         layers = [bundle.layer_path(i) for i in range(bundle.num_layers)]
         disk = disk_profile(layers) if direct and not plan.whole else None
         expected = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, ahead)
@@ -164,11 +172,11 @@ def load_bundle(
                 ahead, expected = False, without
         return Way(predictor, level, ahead, plan, disk, expected)
 
-    chosen = way(str(predictor), level)
-    other = level_of(bundle, "low-rank", fidelity or DEFAULT) if free and predictor == "low-bit" else None
+    chosen = way(str(predictor), levels)
+    other = levels_of(bundle, "low-rank", fidelity or DEFAULT) if free and predictor == "low-bit" else []
     said = ""
-    if other is not None and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
-        with contextlib.suppress(BudgetError):
+    if other and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
+        with contextlib.suppress(BudgetError, BundleError):
             chosen, said = faster(chosen, way("low-rank", other))
     predictor, level, look_ahead, plan = chosen.predictor, chosen.level, chosen.look_ahead, chosen.plan
     disk = chosen.disk
@@ -294,8 +302,7 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, leve
     if predictor in ("oracle", "router"):
         return f"exact ({predictor})"
     if level is not None:
-        less = sum(plan.capacities) / sum(plan.units) < level.held - 0.01
-        return f"approximate ({level.describe()}{f', measured with {level.held:.0%} held' if less else ''})"
+        return f"approximate ({level.describe()})"
     said = bundle.manifest.calibration.get(predictor)
     if not said or (MARGIN if margin is None else margin) != said["margin"]:
         return "approximate (not measured)"

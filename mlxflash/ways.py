@@ -86,7 +86,7 @@ def curves_of(manifest: Manifest, predictor: str, level: Level | None) -> tuple[
     """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
     said = manifest.calibration.get(predictor if predictor in STORED else "low-bit", {}).get("misses")
     if level is not None:
-        said = manifest.calibration["fidelity"][predictor]["levels"][level.name]["misses"]
+        said = level.misses
     if said is None or predictor == "all":
         return None
     shares = tuple(said["shares"])
