@@ -18,8 +18,8 @@ WARM = 4  # the first quarter fills the memory and is not counted
 
 @dataclass(frozen=True)
 class MissCurve:
-    """A layer that holds shares[i] of its units misses misses[i] of them per token (of none, or one: all it wants);
-    misses never rise."""
+    """A layer that holds shares[i] of its units misses misses[i] of them per token, of none all it wants; misses never
+    rise."""
 
     units: int
     shares: tuple[float, ...]
@@ -50,7 +50,7 @@ class _NoRows:
 
 def missed_units(wanted: np.ndarray, share: float) -> np.ndarray:
     """Which units each token of `wanted`, bool [tokens, units], misses where `share` of them are held: bool, alike."""
-    window = Window(wanted.shape[1], _NoRows(max(1, int(share * wanted.shape[1]))), cast(Any, None), cast(Any, None))
+    window = simulated(wanted.shape[1], max(1, int(share * wanted.shape[1])))
     missed = np.zeros_like(wanted)
     for token, row in enumerate(wanted):
         ids = np.flatnonzero(row)
@@ -68,8 +68,10 @@ def _bring(window: Window, ids: np.ndarray) -> None:
 
 def misses_per_token(wanted: np.ndarray, held: int) -> float:
     """Units read per token by a layer that holds `held` of them; wanted: bool [tokens, units]."""
-    window = Window(wanted.shape[1], _NoRows(held), cast(Any, None), cast(Any, None))
     warm = len(wanted) // WARM
+    if held == 0:
+        return float(wanted[warm:].sum(axis=1).mean())
+    window = simulated(wanted.shape[1], held)
     before = 0
     for token, row in enumerate(wanted):
         if token == warm:
@@ -100,5 +102,5 @@ def miss_curve(wanted: np.ndarray) -> MissCurve:
     """The curve of a layer whose tokens want `wanted`, bool [tokens, units]; the last MOST_TOKENS are simulated."""
     wanted = wanted[-MOST_TOKENS:]
     units = wanted.shape[1]
-    misses = [misses_per_token(wanted, max(1, int(share * units))) for share in SHARES]
+    misses = [misses_per_token(wanted, int(share * units)) for share in SHARES]
     return MissCurve(units, SHARES, tuple(np.minimum.accumulate(misses).round(2).tolist()))

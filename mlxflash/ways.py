@@ -31,6 +31,7 @@ class Way:
     predictor: str
     level: Level | None
     look_ahead: bool
+    predicted: bool  # only predicted rows of those held are computed
     plan: Plan
     disk: DiskProfile | None
     expected: Forecast | None
@@ -54,6 +55,7 @@ def forecast_of(
     backend: Backend,
     disk: DiskProfile | None,
     look_ahead: bool,
+    predicted: bool,
 ) -> Forecast | None:
     """Of a decoded token; None for experts, where misses were not measured, and where reads may be cached."""
     manifest = bundle.manifest
@@ -78,6 +80,7 @@ def forecast_of(
         misses=misses,
         recall=recall,
         over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
+        wanted=tuple(curve.misses[0] for curve in sizes.curves) if predicted and sizes.curves else (),
     )
     return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32"}), disk)
 

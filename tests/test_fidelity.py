@@ -13,13 +13,15 @@ from reference import read_records, stored_model, write_safetensors
 
 mx = pytest.importorskip("mlx.core")
 
-from mlxflash import thinning  # noqa: E402
+from mlxflash import model, thinning  # noqa: E402
+from mlxflash.backends import make_backend  # noqa: E402
 from mlxflash.bundle import Bundle, BundleError  # noqa: E402
 from mlxflash.calibrate import calibrate  # noqa: E402
 from mlxflash.cli import main  # noqa: E402
 from mlxflash.commands.inspect import describe  # noqa: E402
-from mlxflash.evaluate import Dense, evaluate  # noqa: E402
+from mlxflash.evaluate import Dense, decode_logprobs, evaluate  # noqa: E402
 from mlxflash.fidelity import LEVELS, levels_of, read_cuts  # noqa: E402
+from mlxflash.forecast import Forecast  # noqa: E402
 from mlxflash.misses import computed, simulated  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
 from mlxflash.order import reorder  # noqa: E402
@@ -104,7 +106,7 @@ def test_the_bound_decides_what_is_met():
 
 def test_a_price_that_cannot_be_met_says_what_was_reached(ours, monkeypatch, capfd):
     monkeypatch.setattr(thinning, "LEVELS", dict.fromkeys(LEVELS, 1e-12))
-    bundle = calibrate(Bundle.open(ours), TOKENS)
+    bundle = calibrate(Bundle.open(ours), TOKENS[:48])
     assert not alone(bundle, "high").met
     assert "as near as the predictor comes" in describe(bundle)
     with load_bundle(ours, memory=SMALL) as model:
@@ -222,7 +224,7 @@ def test_more_held_reads_less_at_the_same_price(bundle):
     assert len(shared) >= 4
     for none, some, most in shared:
         assert most <= 1.01 * some <= 1.02 * none
-    assert shared[-1][2] < 0.7 * shared[-1][0]
+    assert shared[-1][2] < 0.8 * shared[-1][0]
 
 
 def held_share(model):
@@ -242,6 +244,40 @@ def test_a_run_takes_the_level_with_the_most_held_that_it_has(bundle):
         with Dense(bundle, TOKENS[128:], context=127, memory=memory) as dense:
             assert 0.2 * level.kl < evaluate(dense, fidelity="fast").kl < 1.1 * level.kl
     assert len(seen) == len(HELD)
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_predicted_rows_alone_cost_what_was_measured_with_nothing_held(bundle, look_ahead):
+    """Through the decode path with units held, of which all but the predicted ones are left out; tokens that go through
+    in turns included. With units asked for a layer early, the outputs are the same."""
+    if not make_backend("cpu").leaves_out_free:
+        pytest.skip("the native module is not built")
+    level, settings = alone(bundle, "fast"), {"fidelity": "fast", "predictor": "low-bit", "all_rows": False}
+    for memory in ("5.25MB", SMALL, "6MB"):
+        with load_bundle(bundle.path, memory=memory, device="cpu", look_ahead=look_ahead, **settings) as model:
+            assert model.flash.level == level
+            assert "predicted rows of those held are computed" in model.flash.describe()
+            with Dense(bundle, TOKENS[128:], context=127, memory=memory, device="cpu") as dense:
+                said = dense.compare(decode_logprobs(model, TOKENS[128:255]))
+            assert float(np.mean(said.kl)) == pytest.approx(level.kl, rel=0.02)
+            assert model.flash.stats(model.flash.snapshot(), 1).held_share > 0
+
+
+def test_the_forecast_decides_whether_rows_are_left_out(bundle, monkeypatch):
+    if not make_backend("cpu").leaves_out_free:
+        pytest.skip("the native module is not built")
+    for seconds in ((2.0, 1.0), (1.0, 2.0), (1.0, 1.0)):
+
+        def forecast(*args, seconds=seconds):
+            return Forecast(seconds[args[-1]], seconds[args[-1]], 1.0)
+
+        monkeypatch.setattr(model, "forecast_of", forecast)
+        with load_bundle(bundle.path, memory="6MB", device="cpu") as loaded:
+            predicted = seconds == (2.0, 1.0)
+            assert [layer.predicted for layer in loaded.flash.layers] == [predicted] * SHAPE.layers
+            assert (loaded.flash.level.held == 0) == predicted
+        with load_bundle(bundle.path, memory="6MB", device="cpu", fidelity="exact") as loaded:
+            assert not any(layer.predicted for layer in loaded.flash.layers)
 
 
 def test_a_window_that_gives_up_units_counts_on_none(bundle):

@@ -31,6 +31,7 @@ class CPUBackend:
 
     name = "cpu"
     discrete = False
+    leaves_out_free = True
     carries = ""
     peak_bytes = 0
 
