@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from mlxflash.policy import Belady, Policy, Recency
 from mlxflash.window import Window
 
 SHARES = (0.0, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
@@ -66,12 +67,12 @@ def _bring(window: Window, ids: np.ndarray) -> None:
         window.next(ticket)
 
 
-def misses_per_token(wanted: np.ndarray, held: int) -> float:
+def misses_per_token(wanted: np.ndarray, held: int, span: int | None = None, policy: Policy | None = None) -> float:
     """Units read per token by a layer that holds `held` of them; wanted: bool [tokens, units]."""
     warm = len(wanted) // WARM
     if held == 0:
         return float(wanted[warm:].sum(axis=1).mean())
-    window = simulated(wanted.shape[1], held)
+    window = simulated(wanted.shape[1], held, span, policy)
     before = 0
     for token, row in enumerate(wanted):
         if token == warm:
@@ -80,9 +81,9 @@ def misses_per_token(wanted: np.ndarray, held: int) -> float:
     return (window.num_misses - before) / (len(wanted) - warm)
 
 
-def simulated(units: int, held: int) -> Window:
+def simulated(units: int, held: int, span: int | None = None, policy: Policy | None = None) -> Window:
     """A layer's window of which only the maps exist, for `held` units."""
-    return Window(units, _NoRows(held), cast(Any, None), cast(Any, None))
+    return Window(units, _NoRows(held), cast(Any, None), cast(Any, None), span, policy)
 
 
 def computed(window: Window, wanted: np.ndarray) -> np.ndarray:
@@ -96,6 +97,26 @@ def computed(window: Window, wanted: np.ndarray) -> np.ndarray:
         while len(ticket.left):
             window.next(ticket)
     return out
+
+
+ORDERS = {
+    "the paper's window of 5": lambda wanted: (5, None),
+    "longest unused leaves": lambda wanted: (None, Recency(wanted.shape[1])),
+    "decayed frequency (ours)": lambda wanted: (None, None),
+    "Belady, who knows the future": lambda wanted: (None, Belady(wanted)),
+}
+ORDER_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def by_order(wanted: np.ndarray) -> dict[str, dict[float, float]]:
+    """Units missed per token in each of ORDERS by the share held; of `wanted`, bool [tokens, units], the last
+    MOST_TOKENS are simulated."""
+    wanted = wanted[-MOST_TOKENS:]
+    held = {share: max(1, int(share * wanted.shape[1])) for share in ORDER_SHARES}
+    return {
+        name: {share: misses_per_token(wanted, n, *order(wanted)) for share, n in held.items()}
+        for name, order in ORDERS.items()
+    }
 
 
 def miss_curve(wanted: np.ndarray) -> MissCurve:
