@@ -316,8 +316,10 @@ class _Watch(nn.Module):
         self.nbytes = 0
 
     def __call__(self, x: mx.array) -> mx.array:
-        before = self._layer.reader.num_bytes
+        before, named = self._layer.reader.num_bytes, len(self._flagged)
         y = self._ffn(x)
+        if self._predictor is not None and len(self._flagged) == named:  # a layer that has come to hold all units
+            self.start(x.reshape(-1, x.shape[-1]))
         self._bytes += self._layer.reader.num_bytes - before
         np.array(x.reshape(-1, x.shape[-1]).astype(mx.float32)).tofile(self._inputs)
         return y

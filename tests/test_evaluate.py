@@ -15,6 +15,7 @@ mx = pytest.importorskip("mlx.core")
 from mlxflash.bundle import Bundle  # noqa: E402
 from mlxflash.cli import main  # noqa: E402
 from mlxflash.evaluate import SPANS, Dense, evaluate, new_units, spread  # noqa: E402
+from mlxflash.model import load_bundle  # noqa: E402
 from mlxflash.predictor import MARGIN  # noqa: E402
 
 SHAPE = Shape(ffn=2048)
@@ -89,6 +90,23 @@ def test_recall_by_margin_is_that_of_runs_with_the_margin(dense):
         flagged, recall = zip(*layer.margins.values(), strict=True)
         assert list(flagged) == sorted(set(flagged))
         assert list(recall) == sorted(recall)
+
+
+def test_layers_that_come_to_hold_all_their_units_are_measured_on(bundle):
+    with load_bundle(bundle.path, max_kv_size=41) as model:
+        whole = model.flash.plan.memory
+    memory = next(m for m in range(whole, 0, -20_000) if not planned(bundle, m).whole)
+    with Dense(bundle, TOKENS, context=40, memory=memory) as dense:
+        report = evaluate(dense, predictor="low-bit", margin=3.0, orders=True)
+    full = [layer for layer in report.layers if layer.capacity == layer.units]
+    assert full
+    for layer in full:
+        assert layer.margins[3.0] == pytest.approx((layer.flagged, layer.recall))
+
+
+def planned(bundle, memory):
+    with load_bundle(bundle.path, memory=memory, max_kv_size=41) as model:
+        return model.flash.plan
 
 
 def test_new_units_are_those_that_no_token_of_the_window_used():
