@@ -24,7 +24,6 @@ from mlxflash.misses import by_order
 from mlxflash.model import load_bundle
 from mlxflash.models import family_of, max_positions
 from mlxflash.predictor import Ids, deciding, read_low_bit, read_low_rank
-from mlxflash.ways import STORED
 
 STRETCH = 512  # tokens: longer contexts cost time and say nothing more of the FFNs
 LEAST_TOKENS = 16
@@ -91,7 +90,7 @@ class LayerReport:
     hit_rate: float
     capacity: int
     new_units: dict[int, float]  # by k: share of the units that a token flags and none of the k before it did
-    margins: dict[float, tuple[float, float]]  # of a stored predictor, by margin: flagged, recall
+    margins: dict[float, tuple[float, float]]  # of low-bit and low-rank, by margin: flagged, recall
     orders: dict[str, dict[float, float]]  # where asked for: units missed per token by victim order and share held
 
 
@@ -372,7 +371,9 @@ class _Watch(nn.Module):
             hit_rate=self._hits / wanted if wanted else capacity / units,
             capacity=capacity,
             new_units=new_units(truth if self._whole else flags),
-            margins=_by_margin(bundle, index, predictor, x, truth, backend) if predictor in STORED else {},
+            margins=_by_margin(bundle, index, predictor, x, truth, backend)
+            if predictor in ("low-bit", "low-rank")
+            else {},
             orders=by_order(truth if self._whole else flags) if orders else {},
         )
 

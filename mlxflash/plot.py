@@ -62,15 +62,15 @@ def _recall(axes: Any, reports: Sequence[tuple[str, Report]]) -> None:
             flagged = [np.average([layer.margins[m][0] for layer in report.layers], weights=units) for m in margins]
             active = [layer.units * layer.active for layer in report.layers]
             found = [np.average([layer.margins[m][1] for layer in report.layers], weights=active) for m in margins]
-            line = {"color": "#7F7F7F", "marker": ".", "linestyle": ("-", "--")[len(drawn) - 1]}
+            line = {"color": "#7F7F7F", "marker": ".", "linestyle": "--" if len(drawn) > 1 else "-"}
             axes.plot(
                 [100 * f for f in flagged], [100 * r for r in found], label=f"{report.predictor}, margins", **line
             )
         axes.plot(100 * report.flagged, 100 * report.recall, "o", color=colour, label=label)
     axes.axvline(100 * reports[0][1].active, color="#BFBFBF", linewidth=1, zorder=0, label="truly active")
     axes.set(title="Recall against flagged", xlabel="% of the units flagged", ylabel="% of the active units found")
-    axes.set(xlim=(0, 400 * reports[0][1].active), ylim=(None, 101))
-    axes.legend(fontsize=8, frameon=False)
+    axes.set(xlim=(0, 250 * reports[0][1].active), ylim=(None, 101))
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 def _orders(axes: Any, label: str, report: Report) -> None:
