@@ -421,11 +421,13 @@ def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> Non
     numbers = []
     for predictor, said in _get(data, "fidelity", dict, where).items() if "fidelity" in data else ():
         levels = _get(said, "levels", dict, f"{where}, fidelity of {predictor}")
-        for name in levels:
-            level = _get(levels, name, dict, where)
-            numbers += [level.get(key) for key in LEVEL_FIGURES]
-            _get(level, "met", bool, f"{where}, fidelity {name!r}")
-            _check_misses(level.get("misses"), num_layers, f"{where}, misses of {predictor}, {name}")
+        for name, measured in levels.items():
+            if isinstance(measured, dict):  # bundles of before have one measurement
+                levels[name] = [measured]
+            for level in _get(levels, name, list, where):
+                numbers += [_get(level, key, object, f"{where}, fidelity {name!r}") for key in LEVEL_FIGURES]
+                _get(level, "met", bool, f"{where}, fidelity {name!r}")
+                _check_misses(level.get("misses"), num_layers, f"{where}, misses of {predictor}, {name}")
     for name in data.keys() & {"low-bit", "low-rank"}:
         figures = _get(data, name, dict, f"{where}, calibration")
         numbers += [figures.get(key) for key in ("recall", "perplexity_change", "margin")]

@@ -67,8 +67,7 @@ def calibrate(
     """Measure a stored predictor on `tokens` (int [n]; None: text the model makes up itself) and record it.
 
     At most `num_tokens` are used, in sequences no longer than the model's positions. `levels` finds the levels of
-    fidelity too, which takes some thirty passes over the text; with a `memory` they count on what it holds. Returns the
-    bundle, reopened.
+    fidelity too, which takes some fifty passes over half of the text. Returns the bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
     bundle.require_sparse()
@@ -77,7 +76,6 @@ def calibrate(
     if tokens is not None:
         check_length(tokens)
     source = "text" if tokens is not None else "the model's own text"
-    asked, held = memory, None
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
         sequences = _sequences(model, tokens, num_tokens, progress)
         recorders = record_inputs(model)
@@ -105,8 +103,6 @@ def calibrate(
     with load_bundle(
         bundle.path, memory=memory, window=1, predictor=predictor, device=device, margin=MARGIN, bundle=bundle
     ) as model:
-        if asked is not None and not model.flash.plan.whole:
-            held = model.flash.plan.capacities
         if not model.flash.exact:
             for sequence in reported:
                 model.flash.forget()
@@ -144,7 +140,7 @@ def calibrate(
         with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
             parts = _comparable(bundle, predictor)
             cuts, found = find_levels(
-                bundle, model, parts, inputs, sequences, held=held, device=device, progress=progress
+                bundle, model, parts, inputs, sequences, tuple(curves), device=device, progress=progress
             )
         save_cuts(bundle.path, predictor, cuts)
         result["fidelity"][predictor] = found | {"text": source}

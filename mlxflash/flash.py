@@ -113,6 +113,7 @@ class Flash:
         direct = "direct" if self.files and self.files[0].direct else "buffered"
         carries = f" by {self.backend.carries}" if self.backend.discrete else ""
         said = f"{self.plan.describe()}\n  on {self.backend.name}{carries}, {direct} reads by {self.reader.engine}"
+        said += f"\n  {self.mode}"
         return "\n".join([said, *([self.forecast.describe()] if self.forecast else []), *filter(None, [self.choice])])
 
     def explain(self, error: RuntimeError) -> Exception:

@@ -109,6 +109,9 @@ class Work:
     misses: tuple[float, ...]  # units per token, per layer
     recall: float = 0.0  # of the look-ahead: the share of the misses that is asked for a layer early
     over: float = 0.0  # units it asks for beside those it should, as a share of the misses
+    wanted: tuple[
+        float, ...
+    ] = ()  # units that a token computes, per layer; empty: all rows that are held, and new ones
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,8 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
     seconds = compute = TOKEN_STEPS * machine.step
     reads = 0.0
     cores = os.cpu_count() or 1
-    for held, missed in zip(plan.capacities, work.misses, strict=True):
-        rows, new = held * work.slot / rate, missed * work.slot / rate
+    for held, wanted, missed in zip(plan.capacities, work.wanted or plan.units, work.misses, strict=True):
+        rows, new = min(held, wanted - missed) * work.slot / rate, missed * work.slot / rate
         late = early = late_cpu = early_cpu = 0.0
         if disk is not None:
             on_time, ahead = missed * (1 - work.recall), missed * (work.recall + work.over)

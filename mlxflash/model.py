@@ -21,7 +21,7 @@ from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
 from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
-from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, level_of, needs, read_cuts
+from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, levels_of, needs, read_cuts
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import (
@@ -72,6 +72,7 @@ def load_bundle(
     check_reads: bool = False,
     direct: bool | None = None,
     look_ahead: bool | None = None,
+    all_rows: bool | None = None,
     backend: Backend | None = None,
     bundle: Bundle | None = None,
 ) -> FlashModel:
@@ -90,6 +91,8 @@ def load_bundle(
     log-odds for low-rank). check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
     for a disk, the bundle was calibrated for it, and the forecast with it is the shorter one).
+    all_rows: compute all units that are held, whatever a stored predictor says of them (None: or only those predicted,
+    at the price measured with nothing held, where that is forecast to be faster).
     direct: bypass the page cache (None: when what streams is more than 0.7 of the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -132,9 +135,9 @@ def load_bundle(
         predictor = "low-bit" if manifest.sparse and "low-bit" in bundle.predictors() else "all"
     if manifest.routed:
         predictor = "router"
-    level = None
+    levels: list[Level] = []
     if predictor in STORED and margin is None:
-        level = needs(bundle, str(predictor), fidelity) if fidelity else level_of(bundle, str(predictor), DEFAULT)
+        levels = needs(bundle, str(predictor), fidelity) if fidelity else levels_of(bundle, str(predictor), DEFAULT)
     elif fidelity not in (None, "exact"):
         raise ValueError(f"fidelity {fidelity!r} needs a stored predictor ({', '.join(STORED)}), not {predictor!r}")
     backend = backend or make_backend(device)
@@ -147,31 +150,49 @@ def load_bundle(
     if look_ahead and predictor == "low-rank":
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
 
-    def way(predictor: str, level: Level | None) -> Way:
+    def way(predictor: str, levels: list[Level]) -> Way:
+        """With the level of those, which hold less and less, that holds no more than the budget does."""
+        skips = backend.leaves_out_free and predictor in STORED and all_rows is not True
+        ways = [_way(predictor, levels, predicted) for predicted in ((False, True) if skips else (False,))]
+        return (
+            ways[1] if skips and all_rows is False else min(ways, key=lambda w: w.expected.seconds if w.expected else 0)
+        )
+
+    def _way(predictor: str, levels: list[Level], predicted: bool) -> Way:
         ahead = look_ahead
         if ahead is None:
             ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
         more = sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
-        sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
-        tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
-        plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
+        level: Level | None = None
+        for level in (*levels, None):
+            sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
+            tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
+            plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
+            # A window's span gives up what is held, and rows that are not predicted may be left out.
+            held = 0 if window or predicted else sum(plan.capacities) / sum(plan.units)
+            if level is None or level.held <= held:
+                break
+        if level is None and levels and fidelity:  # a bundle of before, which had one measurement
+            raise BundleError(f"{where}: {fidelity!r} was measured with more held than here; calibrate again")
         layers = [bundle.layer_path(i) for i in range(bundle.num_layers)]
         disk = disk_profile(layers) if direct and not plan.whole else None
-        expected = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, ahead)
+        expected = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, ahead, predicted)
         if look_ahead is None and ahead and expected is not None:
-            without = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, False)
+            without = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, False, predicted)
             if without is not None and without.seconds < expected.seconds:
                 ahead, expected = False, without
-        return Way(predictor, level, ahead, plan, disk, expected)
+        return Way(predictor, level, ahead, predicted and not plan.whole, plan, disk, expected)
 
-    chosen = way(str(predictor), level)
-    other = level_of(bundle, "low-rank", fidelity or DEFAULT) if free and predictor == "low-bit" else None
+    chosen = way(str(predictor), levels)
+    other = levels_of(bundle, "low-rank", fidelity or DEFAULT) if free and predictor == "low-bit" else []
     said = ""
-    if other is not None and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
-        with contextlib.suppress(BudgetError):
+    if other and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
+        with contextlib.suppress(BudgetError, BundleError):
             chosen, said = faster(chosen, way("low-rank", other))
     predictor, level, look_ahead, plan = chosen.predictor, chosen.level, chosen.look_ahead, chosen.plan
     disk = chosen.disk
+    if chosen.predicted:
+        said = "\n".join(filter(None, [said, "  predicted rows of those held are computed"]))
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     streamed = ffn_layers(model, family)
@@ -215,6 +236,7 @@ def load_bundle(
                 times=flash.times,
                 stride=manifest.record.stride,
                 disk=disk,
+                predicted=chosen.predicted,
             )
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
@@ -296,8 +318,7 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, leve
     if predictor in ("oracle", "router"):
         return f"exact ({predictor})"
     if level is not None:
-        less = sum(plan.capacities) / sum(plan.units) < level.held - 0.01
-        return f"approximate ({level.describe()}{f', measured with {level.held:.0%} held' if less else ''})"
+        return f"approximate ({level.describe()})"
     said = bundle.manifest.calibration.get(predictor)
     if not said or (MARGIN if margin is None else margin) != said["margin"]:
         return "approximate (not measured)"

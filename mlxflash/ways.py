@@ -24,6 +24,7 @@ class Way:
     predictor: str
     level: Level | None
     look_ahead: bool
+    predicted: bool  # only predicted rows of those held are computed
     plan: Plan
     disk: DiskProfile | None
     expected: Forecast | None
@@ -47,6 +48,7 @@ def forecast_of(
     backend: Backend,
     disk: DiskProfile | None,
     look_ahead: bool,
+    predicted: bool,
 ) -> Forecast | None:
     """Of a decoded token; None for experts, where misses were not measured, and where reads may be cached."""
     manifest = bundle.manifest
@@ -71,6 +73,7 @@ def forecast_of(
         misses=misses,
         recall=recall,
         over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
+        wanted=tuple(curve.misses[0] for curve in sizes.curves) if predicted and sizes.curves else (),
     )
     return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32"}), disk)
 
@@ -79,7 +82,7 @@ def curves_of(manifest: Manifest, predictor: str, level: Level | None) -> tuple[
     """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
     said = manifest.calibration.get(predictor if predictor in STORED else "low-bit", {}).get("misses")
     if level is not None:
-        said = manifest.calibration["fidelity"][predictor]["levels"][level.name]["misses"]
+        said = level.misses
     if said is None or predictor == "all":
         return None
     shares = tuple(said["shares"])

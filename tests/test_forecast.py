@@ -72,7 +72,8 @@ def test_looking_ahead_costs_a_second_prediction():
 
 def test_of_two_ways_the_shorter_forecast_is_taken_and_said():
     ways = [
-        Way(name, None, False, PLAN, None, Forecast(s, s, 1.0)) for name, s in (("low-bit", 0.3), ("low-rank", 0.2))
+        Way(name, None, False, False, PLAN, None, Forecast(s, s, 1.0))
+        for name, s in (("low-bit", 0.3), ("low-rank", 0.2))
     ]
     for one, other in (ways, ways[::-1]):
         chosen, said = faster(one, other)
@@ -80,6 +81,14 @@ def test_of_two_ways_the_shorter_forecast_is_taken_and_said():
         assert said == "  predictor: low-rank 200.0 ms per token, low-bit 300.0 ms"
     unknown = replace(ways[1], expected=None)
     assert faster(ways[0], unknown) == (ways[0], "")
+
+
+def test_of_rows_that_are_held_those_predicted_take_their_bytes():
+    """All that a token wants, held or new; no more than all that is held."""
+    few, nothing = (seconds(wanted=(n,) * 32) for n in (400.0, 300.0))
+    assert few - nothing == pytest.approx(32 * 100 * 16384 / 40e9)
+    assert seconds() - nothing == pytest.approx(sum(PLAN.capacities) * 16384 / 40e9)
+    assert seconds(wanted=(1e6,) * 32) == seconds()
 
 
 def test_fewer_misses_take_less():

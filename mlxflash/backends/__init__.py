@@ -229,6 +229,7 @@ class Backend(Protocol):
 
     name: str
     discrete: bool  # whether the host and the device have memory of their own
+    leaves_out_free: bool  # of its rows: whether those that are left out cost nothing
     traffic: Traffic
     carries: str  # what brings units to a discrete device, for people
     peak_bytes: int  # of MLX's memory, before the last time that the backend reset it

@@ -32,6 +32,7 @@ class CPUBackend:
 
     name = "cpu"
     discrete = False
+    leaves_out_free = True
     carries = ""
     peak_bytes = 0
 

@@ -40,6 +40,7 @@ class DeviceBackend(MLXBackend):
     """
 
     discrete = True
+    leaves_out_free = False
 
     def __init__(self, device: Any, bus: Bus | None = None, carries: str = "plain copies"):
         super().__init__(device, record_rows=False, alias=False)

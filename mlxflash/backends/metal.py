@@ -81,6 +81,7 @@ class MLXBackend:
     """
 
     discrete = False
+    leaves_out_free = False
     carries = ""
 
     def __init__(self, device: Any, record_rows: bool | None = None, alias: bool | None = None):

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             paper = "low-rank" if "low-rank" in bundle.predictors() else "low-bit"
             settings.append({"predictor": paper, "window": PAPER_WINDOW, "margin": MARGIN})
         for setting in settings:
-            reports.append(evaluate(dense, **setting))
+            reports.append(evaluate(dense, orders=bool(args.plot) and not reports, **setting))
             progress.close()
             if args.json:
                 print(json.dumps(reports[-1].to_json()), flush=True)

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlxflash.bundle import SPARSE_ACTIVATIONS, Bundle, BundleError, Manifest
 from mlxflash.catalog import KNOWN, Known
 from mlxflash.commands.terminal import Progress, say
@@ -135,18 +137,20 @@ def describe(bundle: Bundle) -> str:
 
 
 def _levels(bundle: Bundle, predictor: str) -> list[str]:
-    """The fidelity report: a line per level of a predictor, as measured with nothing held from earlier tokens."""
+    """The fidelity report: a line per level of a predictor and share of the units held from earlier tokens."""
     found = bundle.manifest.calibration.get("fidelity", {}).get(predictor)
     if not found:
         return []
-    size = sum(layer.units for layer in bundle.manifest.layers) * bundle.manifest.record.num_bytes
-    lines = []
-    for name, level in found["levels"].items():
+    units, lines = sum(layer.units for layer in bundle.manifest.layers), []
+    for name, level in ((name, level) for name, measured in found["levels"].items() for level in measured):
         reached = "" if level["met"] else ", as near as the predictor comes"
-        reached += f", with {level['held']:.0%} of the units held" if level["held"] else ""
+        held, read = "", level["flagged"] * units
+        if level["held"]:
+            held, misses = f" with {level['held']:.0%} of the units held", level["misses"]
+            read = sum(float(np.interp(level["held"], misses["shares"], curve)) for curve in misses["layers"])
         lines.append(
-            f"{name}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
-            f"{format_bytes(level['flagged'] * size)} per token{reached}"
+            f"{name}{held}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
+            f"{format_bytes(read * bundle.manifest.record.num_bytes)} per token{reached}"
         )
     return lines
 

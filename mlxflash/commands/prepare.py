@@ -35,9 +35,9 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
         "--levels",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="find the levels of --fidelity too: some thirty passes over the tokens, hours for the largest models",
+        help="find the levels of --fidelity too: some fifty passes over the tokens, hours for the largest models",
     )
-    p.add_argument("--memory", default=None, help="as for generate; levels then count on what it holds")
+    p.add_argument("--memory", default=None, help="as for generate, while it measures")
     p.add_argument("--device", default=None, help="as for generate")
     p.set_defaults(run=run_calibrate)
 
