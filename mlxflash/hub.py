@@ -4,35 +4,17 @@ What is not yet a bundle is converted once into a cache folder (MLXFLASH_CACHE, 
 Nothing is downloaded unless the name is a remote model's. Downloads are huggingface_hub's: they resume.
 """
 
-import contextlib
 import hashlib
-import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mlxflash.catalog import ALIASES, KNOWN, preview
+from mlxflash.kept import cache_folder
 
 STORY = Path(__file__).parent / "story.flash"
 CHECKPOINT_FILES = ["*.json", "*.txt", "*.model"]  # beside weights
 Progress = Callable[[str, int, int], None]
-
-
-def cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("MLXFLASH_CACHE") or Path(home) / "mlxflash")
-
-
-def keep(file: Path, measured: dict[str, Any]) -> None:
-    """Write what was measured of this machine to a file of the cache, whole or not at all; where nothing can be
-    written it is measured again next time."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(measured))
-        part.replace(file)
 
 
 def find_bundle(

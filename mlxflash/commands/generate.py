@@ -147,7 +147,7 @@ def footer(response: Any) -> str:
             f"\nDevice: {format_bytes(flash.transfer_bytes)} sent per token, {flash.tier_hit_rate:.1%} of its units"
             f" from the host tier, {flash.pool_copies} whole-pool copies"
         )
-    foreseen = f" (forecast {flash.forecast_tps:.1f})" if flash.forecast_tps else ""
+    foreseen = f" (forecast {flash.forecast})" if flash.forecast else ""
     return (
         f"Mode: {flash.mode}\n"
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens-per-sec, "
