@@ -3,6 +3,7 @@
 Modules import only from those below themselves:
 
     cli, api                     commands; load()
+    preview                      what a public model would do here, before it is downloaded
     hub, train, plot             names to bundles; training a predictor; pictures of a fidelity report
     calibrate, thinning          measuring a predictor; finding levels of fidelity
     converters, evaluate         checkpoints to bundles; what a model says of text
@@ -14,6 +15,7 @@ Modules import only from those below themselves:
     backends                     where rows live and how the FFN is computed on them
     catalog                      public models by short names, and what they will take
     models, plan, policy, pool   model families; budgets; who leaves memory first; host memory
+    kept                         what was measured of this machine
     hosttier                     the host's memory beside a device with its own
     reader, bundle, _native      extents to bytes; what lies on disk; the optional native part
     install                      which MLX is installed, and what is wrong with it

@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
     args = parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices about prompts are not for our users
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor each attempt to reach the hub
     try:
         if getattr(args, "device", None) in ("cpu", "mlx-cpu", "discrete"):
             import mlx.core as mx

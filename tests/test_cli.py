@@ -257,8 +257,15 @@ def test_info_answers_without_mlx():
 
 @pytest.mark.parametrize("name", ["opt-125m", "some-org/some-model"])
 def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path):
+    """After what a public model would take and do here."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "MLXFLASH_CACHE": str(tmp_path / "cache")}
-    refused(process("generate", "--model", name, "-p", "x", env=offline), name, "not on this machine")
+    run = process("generate", "--model", name, "-p", "x", env=offline)
+    *before, last = run.err.splitlines(keepends=True)
+    refused(Run(run.code, run.out, last), name, "not on this machine")
+    assert bool(before) == (name == "opt-125m")
+    if before:
+        assert before[0].startswith("facebook/opt-125m: ")
+        assert "-q 4 " in before[2]
 
 
 @pytest.mark.parametrize(
