@@ -3,10 +3,10 @@
 Modules import only from those below themselves:
 
     cli, api                     commands; load()
-    preview                      what a public model would do here, before it is downloaded
     hub, train, plot             names to bundles; training a predictor; pictures of a fidelity report
     calibrate, thinning          measuring a predictor; finding levels of fidelity
     converters, evaluate         checkpoints to bundles; what a model says of text
+    preview                      what a public model would do here, before it is downloaded
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model
     ffn, experts                 which units, bring them, compute

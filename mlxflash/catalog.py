@@ -4,10 +4,12 @@ Numbers are those of the models' own config.json; bytes follow from them by arit
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlxflash.bundle import SPARSE_ACTIVATIONS, Part, make_record
 from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, BudgetError, Sizes, make_plan
 
+STORY = Path(__file__).parent / "story.flash"  # the embedded one
 GROUP_SIZE = 64
 LOW_BIT_BYTES = (3 + 32 / GROUP_SIZE) / 8  # of a weight in a low-bit predictor: 3 bits, its group's scale and bias
 CONTEXT = 4096  # tokens of key-value cache, unless the model's positions end before

@@ -10,11 +10,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from mlxflash.catalog import ALIASES, KNOWN
+from mlxflash.catalog import ALIASES, KNOWN, STORY
 from mlxflash.kept import cache_folder
 
-STORY = Path(__file__).parent / "story.flash"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 CHECKPOINT_FILES = ["*.json", "*.txt", "*.model"]  # beside weights
 Progress = Callable[[str, int, int], None]
@@ -78,7 +78,7 @@ def download(repo: str) -> Path:
     name, _, revision = repo.partition("@")
     weights, away = "*", None
     # The base of the hub's errors is that of whichever HTTP library it is built on, which lets its own through.
-    failures = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
+    failures: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError, RuntimeError)
     try:
         try:
             files = HfApi().list_repo_files(name, revision=revision or None)

@@ -8,10 +8,9 @@ import json
 from functools import cache
 
 from mlxflash.backends import Backend, make_backend
-from mlxflash.catalog import CONTEXT, Known
+from mlxflash.catalog import CONTEXT, STORY, Known
 from mlxflash.diskprofile import DiskProfile, disk_of
 from mlxflash.forecast import COPY, Forecast, Work, forecast, machine_profile
-from mlxflash.hub import STORY
 from mlxflash.kept import cache_folder
 from mlxflash.misses import MissCurve
 from mlxflash.plan import (

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mlxflash.catalog import ALIASES, KNOWN, Known
-from mlxflash.hub import STORY, is_repo, weights_pattern
+from mlxflash.catalog import ALIASES, KNOWN, STORY, Known
+from mlxflash.hub import is_repo, weights_pattern
 from mlxflash.plan import BudgetError
 
 MILLIONS = {  # parameters, as model cards have them

@@ -255,6 +255,20 @@ def test_info_answers_without_mlx():
     assert run.stdout.endswith("[]\n")
 
 
+def test_the_embedded_model_has_one_name_everywhere(command, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 20, encoding="utf-8")
+    for verb in ("info", "verify"):
+        assert command(verb, "story").code == 0
+    small = ("--text", text, "--tokens", "32")
+    assert "high" in command("eval", "story", *small, "--memory", "24MB", "--context", "32").out
+    run = command("reorder", "story", tmp_path / "ordered.flash", *small)
+    assert "fewer" in run.out
+    assert command("verify", tmp_path / "ordered.flash").code == 0
+    for verb in ("calibrate", "train"):
+        refused(command(verb, "story", *small), "story: the embedded model stays as it is", f"{verb} the copy")
+
+
 @pytest.mark.parametrize("name", ["opt-125m", "some-org/some-model"])
 def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path):
     """After what a public model would take and do here."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxflash.bundle import Bundle, BundleError
 from mlxflash.catalog import KNOWN, Known
-from mlxflash.commands.terminal import Progress, say
+from mlxflash.commands.terminal import Progress, open_bundle, say
 from mlxflash.plan import format_bytes
 
 
@@ -51,12 +51,12 @@ def _known_facts(known: Known) -> dict[str, Any]:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    bundle = Bundle.open(_story(args.bundle))
+    bundle = open_bundle(args.bundle)
     print(json.dumps(facts(bundle), indent=1) if args.json else describe(bundle))
 
 
 def run_verify(args: argparse.Namespace) -> None:
-    bundle = Bundle.open(_story(args.bundle))
+    bundle = open_bundle(args.bundle)
     bad = []
     with Progress() as progress:
         for index in range(bundle.num_layers):
@@ -68,12 +68,6 @@ def run_verify(args: argparse.Namespace) -> None:
     if bad:
         raise BundleError(f"{bundle.path}: {len(bad)} records are damaged; convert again")
     print(f"{bundle.path}: all {sum(layer.units for layer in bundle.manifest.layers)} records match their checksums")
-
-
-def _story(path: Path) -> Path:
-    from mlxflash.hub import STORY
-
-    return STORY if str(path) == "story" else path
 
 
 def facts(bundle: Bundle) -> dict[str, Any]:

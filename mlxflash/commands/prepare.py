@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlxflash.bundle import Bundle
 from mlxflash.commands.inspect import describe
-from mlxflash.commands.terminal import Progress, read_text, read_words, say
+from mlxflash.commands.terminal import Progress, open_bundle, read_text, read_words, say
 
 
 def add_convert(p: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     from mlxflash.calibrate import calibrate
 
     _check_tokens(args)
-    bundle = Bundle.open(args.bundle)
+    bundle = open_bundle(args.bundle, "calibrate")
     tokens = None if args.text is None else read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
         bundle = calibrate(
@@ -113,7 +113,7 @@ def run_train(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     _check_tokens(args)
-    bundle = Bundle.open(args.bundle)
+    bundle = open_bundle(args.bundle, "train")
     words = read_words(args.text)
     tokenizer = load_tokenizer(bundle.path)
     length = min(512, max_positions(bundle.config()))
@@ -129,7 +129,7 @@ def run_reorder(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     _check_tokens(args)
-    bundle = Bundle.open(args.bundle)
+    bundle = open_bundle(args.bundle)
     tokens = read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
         bundle, reads = reorder(bundle, args.target, tokens, memory=args.memory, device=args.device, progress=progress)
