@@ -4,6 +4,7 @@ What is not yet a bundle is converted once into a cache folder (MLXFLASH_CACHE, 
 Nothing is downloaded unless the name is a remote model's. Downloads are huggingface_hub's: they resume.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -16,6 +17,7 @@ from mlxflash.catalog import ALIASES, KNOWN, STORY
 from mlxflash.kept import cache_folder
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+ROUNDED_BYTES = 2e9  # of checkpoints whose rounding is measured unasked: a matter of seconds
 CHECKPOINT_FILES = ["*.json", "*.txt", "*.model"]  # beside weights
 Progress = Callable[[str, int, int], None]
 
@@ -145,6 +147,7 @@ def _converted(
     from mlxflash.calibrate import calibrate
     from mlxflash.converters import convert
     from mlxflash.converters.checkpoint import Checkpoint
+    from mlxflash.rounding import measure_rounding, weight_bytes
 
     Checkpoint(checkpoint)  # what cannot be converted is refused before anything is said or made
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,5 +155,8 @@ def _converted(
         say(f"converting {label} into {target} (once)")
     bundle = convert(checkpoint, target, dtype=dtype, bits=bits, progress=progress)
     if "low-bit" in bundle.predictors():
-        calibrate(bundle, progress=progress)
+        bundle = calibrate(bundle, progress=progress)
+    if bits and weight_bytes(checkpoint) < ROUNDED_BYTES:
+        with contextlib.suppress(ValueError):  # no room on the disk: then no figure is told
+            measure_rounding(bundle, checkpoint, dtype=dtype, progress=progress)
     return target

@@ -107,11 +107,21 @@ def describe(bundle: Bundle) -> str:
         f"  resident    {format_bytes(f['resident_bytes'])}",
         f"  runs        {f['runs']}",
     ]
+    if m.rounding:
+        lines.append(f"  rounding    {m.rounding}{_of_text(m.calibration['rounding'])}")
     for name, size in f["predictors"].items():
         said = m.calibration.get(name)
         lines.append(f"  predictor   {name}, {format_bytes(size)}: {_said(said)}")
         lines += [f"  fidelity    {line}" for line in _levels(bundle, name)]
     return "\n".join(lines)
+
+
+def _of_text(said: dict[str, Any]) -> str:
+    """What the cost of rounding was measured on; perplexity where that was a text of the user's."""
+    change = ""
+    if "ppl_change" in said:
+        change = f", perplexity {said['ppl_change']:+.2%} +-{said['ppl_change_se']:.2%}"
+    return f"{change} ({said['tokens']} tokens of {said['text']})"
 
 
 def _levels(bundle: Bundle, predictor: str) -> list[str]:
