@@ -4,7 +4,7 @@ Modules import only from those below themselves:
 
     cli, api                     commands; load()
     hub, train, plot             names to bundles; training a predictor; pictures of a fidelity report
-    rounding                     what quantising cost
+    rounding, routing            what quantising cost; which experts tokens choose
     calibrate, thinning          measuring a predictor; finding levels of fidelity
     converters, evaluate         checkpoints to bundles; what a model says of text
     preview                      what a public model would do here, before it is downloaded

@@ -417,6 +417,11 @@ def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> Non
         numbers += [figures.get(key) for key in ("recall", "perplexity_change", "margin")]
         if "misses" in figures:
             _check_misses(figures["misses"], num_layers, f"{where}, misses of {name}")
+    if "router" in data:
+        routing = _get(data, "router", dict, f"{where}, calibration")
+        _check_misses(routing.get("misses"), num_layers, f"{where}, misses of its experts")
+        numbers.append(routing.get("tokens"))
+        _get(routing, "text", str, f"{where}, routing")
     if "rounding" in data:
         figures = _get(data, "rounding", dict, f"{where}, calibration")
         numbers += [figures.get(key) for key in ("bits", "kl", "kl_se", "top1", "tokens")]

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlxflash.bundle import Bundle, BundleError
 from mlxflash.catalog import KNOWN, Known
 from mlxflash.commands.terminal import Progress, open_bundle, say
@@ -107,6 +109,10 @@ def describe(bundle: Bundle) -> str:
         f"  resident    {format_bytes(f['resident_bytes'])}",
         f"  runs        {f['runs']}",
     ]
+    if routing := m.calibration.get("router"):
+        misses = [np.interp(0.5, routing["misses"]["shares"], curve) for curve in routing["misses"]["layers"]]
+        measured = f"{routing['tokens']} tokens of {routing['text']}"
+        lines.append(f"  routing     {np.mean(misses):.2f} experts missed per token and layer, half held ({measured})")
     if m.rounding:
         lines.append(f"  rounding    {m.rounding}{_of_text(m.calibration['rounding'])}")
     for name, size in f["predictors"].items():

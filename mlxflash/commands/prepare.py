@@ -103,21 +103,19 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_calibrate(args: argparse.Namespace) -> None:
     from mlxflash.calibrate import calibrate
+    from mlxflash.routing import measure_routing
 
     _check_tokens(args)
     bundle = open_bundle(args.bundle, "calibrate")
     tokens = None if args.text is None else read_text(args.text, bundle.path, args.tokens)
+    settings = {"num_tokens": args.tokens, "memory": args.memory, "device": args.device}
     with Progress() as progress:
-        bundle = calibrate(
-            bundle,
-            tokens,
-            num_tokens=args.tokens,
-            memory=args.memory,
-            device=args.device,
-            progress=progress,
-            predictor=args.predictor,
-            levels=args.levels,
-        )
+        if bundle.manifest.layout == "experts":
+            bundle = measure_routing(bundle, tokens, progress=progress, **settings)
+        else:
+            bundle = calibrate(
+                bundle, tokens, progress=progress, predictor=args.predictor, levels=args.levels, **settings
+            )
     print(describe(bundle))
 
 
