@@ -68,11 +68,11 @@ def machine_profile(backend: Backend, kinds: set[str]) -> MachineProfile:
 
 def _copy_rate() -> float:
     """Bytes per second at which records leave staging for their slots."""
-    source, dest = np.ones(MATRIX_BYTES, np.uint8), np.ones(MATRIX_BYTES, np.uint8)
-    slots = np.random.default_rng(0).permutation(MATRIX_BYTES // COPIED_BYTES)
+    source, dest = np.ones((2, MATRIX_BYTES // 2), np.uint8)
+    slots = np.random.default_rng(0).permutation(source.nbytes // COPIED_BYTES)
     rows = np.arange(len(slots))
     seconds = _median(lambda: copy_rows(dest.data, COPIED_BYTES, slots, source.data, COPIED_BYTES, rows, COPIED_BYTES))
-    return MATRIX_BYTES / seconds
+    return source.nbytes / seconds
 
 
 def _product_rate(kind: str, backend: Backend) -> float:

@@ -137,4 +137,5 @@ def _forecast(
         streams=not (sparse or known.experts or plan.whole),
         chance=known.experts > 0 and not plan.whole,
     )
-    return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32", COPY}), disk)
+    kinds = {kind, guessed, "float32"} | ({COPY} if work.staged else set())
+    return forecast(plan, work, machine_profile(backend, kinds), disk)

@@ -91,7 +91,8 @@ def forecast_of(
         streams=streams,
         chance=mixture and not plan.whole and sizes.curves is None,
     )
-    return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32", COPY}), disk)
+    kinds = {kind, guessed, "float32"} | ({COPY} if work.staged else set())
+    return forecast(plan, work, machine_profile(backend, kinds), disk)
 
 
 def curves_of(manifest: Manifest, predictor: str, level: Level | None) -> tuple[MissCurve, ...] | None:
