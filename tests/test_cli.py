@@ -248,6 +248,7 @@ def test_a_trained_predictor_generates(command, library, tmp_path):
 def test_info_answers_without_mlx():
     code = (
         "import sys; from mlxflash.cli import main; main(['info', 'story']); main(['verify', 'story']);"
+        "main(['models']);"
         "print([m for m in ('mlx', 'mlx_lm', 'transformers') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
