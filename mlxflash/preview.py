@@ -55,9 +55,8 @@ def preview(known: Known, memory: str | int | None, bits: int | None = None, con
     if len(forecasts) > 1:
         (best, flag), (other, _) = sorted(forecasts)[:2]
         word = "would be faster" if other > 1.05 * best else "would take as long as the other"
-        lines.append(
-            f"  {flag} {word}{'; rounded to so many bits it is another model than float16' * (flag[0] == '-')}"
-        )
+        lossy = f"; in {flag[3:]} bits it is another model than float16" if flag != "float16" else ""
+        lines.append(f"  {flag} {word}{lossy}")
     if sized and known.active:
         lines.append(f"  (guessed from {known.active:.0%} of its units being active, and the story model's behaviour)")
     elif sized:
@@ -69,12 +68,12 @@ def preview(known: Known, memory: str | int | None, bits: int | None = None, con
 
 def _how(known: Known, plan: Plan, sizes: Sizes, misses: tuple[float, ...]) -> str:
     """Memory, what is held, what a token reads."""
-    used = plan.memory if not plan.whole else min(plan.memory, make_plan(sizes, 1 << 60, plan.context).memory)
     if plan.whole:
+        used = make_plan(sizes, None, plan.context, 1 << 60).memory
         return f"{format_bytes(used)} of memory: all of it held, nothing read"
     held, read = sum(plan.capacities) / sum(plan.units), format_bytes(sum(misses) * sizes.stride)
     what = "experts" if known.experts else "units"
-    line = f"{format_bytes(used)} of memory: {held:.0%} of the {what} held, {read}"
+    line = f"{format_bytes(plan.memory)} of memory: {held:.0%} of the {what} held, {read}"
     if known.experts:
         return f"{line} or less read per token, those of the {known.chosen} chosen in each layer that are not held"
     if known.kind == "sparse" and known.active:

@@ -41,6 +41,7 @@ def test_floats_and_four_bits_side_by_side(machine):
     assert "-q 4" in said[2]
     assert "3.89 GB on disk" in said[2]
     assert "all of it held" in said[2]
+    assert 3.89 < float(said[2].split("on disk, ")[1].split(" GB of memory")[0]) < 5.0
     read = float(said[1].split("held, ")[1].split(" GB read")[0])
     assert rate_in(said[1]) == pytest.approx(2 / read, rel=0.12)  # the disk is the limit
     assert rate_in(said[2]) == pytest.approx(5 / 3.89, rel=0.1)  # and here the processor
