@@ -141,7 +141,6 @@ def test_peak_memory_grows_by_no_more_than_the_budget(library, tmp_path, more):
 
 
 def test_what_is_available_is_no_more_than_the_cgroups_limit():
-    """Of a group of its own, and of one within it that says nothing."""
     code = "from mlxflash.plan import available_memory; print(available_memory())"
     limit = 300 << 20
     run, _ = run_in([sys.executable, "-c", code], limit)
