@@ -126,7 +126,7 @@ class Work:
     misses: tuple[float, ...]  # units per token, per layer
     recall: float = 0.0  # of the look-ahead: the share of the misses that is asked for a layer early
     over: float = 0.0  # units it asks for beside those it should, as a share of the misses
-    chosen: int = 0  # experts that a token computes in each layer; 0: all rows that are held are computed
+    wanted: tuple[float, ...] = ()  # units that a token computes, per layer; empty: all rows held, and new ones
     staged: bool = False  # reads pass through staging and are copied
     streams: bool = False  # all units that are not held pass by in blocks
     chance: bool = False  # misses as if routers chose by chance; they choose alike, so fewer units are missed
@@ -169,11 +169,8 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
     seconds = compute = TOKEN_STEPS * machine.step
     reads = 0.0
     cores = os.cpu_count() or 1
-    for held, missed in zip(plan.capacities, work.misses, strict=True):
-        rows, new = (
-            (max(0.0, work.chosen - missed) if work.chosen else held) * work.slot / rate,
-            missed * work.slot / rate,
-        )
+    for held, wanted, missed in zip(plan.capacities, work.wanted or plan.units, work.misses, strict=True):
+        rows, new = min(held, wanted - missed) * work.slot / rate, missed * work.slot / rate
         late = early = late_cpu = early_cpu = copies = 0.0
         if disk is not None:
             on_time, ahead = missed * (1 - work.recall), missed * (work.recall + work.over)

@@ -131,7 +131,7 @@ def _forecast(
         stride=sizes.stride,
         kv=plan.kv // 2,
         misses=(0.0,) * known.layers if plan.whole else misses,
-        chosen=known.chosen,
+        wanted=(known.chosen,) * known.layers if known.experts else (),
         staged=sizes.staged,
         streams=not (sparse or known.experts or plan.whole),
         chance=known.experts > 0 and not plan.whole,

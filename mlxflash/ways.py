@@ -86,7 +86,7 @@ def forecast_of(
         misses=misses,
         recall=recall,
         over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
-        chosen=sizes.least_slots if mixture else 0,
+        wanted=(sizes.least_slots,) * len(plan.units) if mixture else (),
         staged=not (manifest.record.aligned or sizes.discrete),
         streams=streams,
         chance=mixture and not plan.whole and sizes.curves is None,

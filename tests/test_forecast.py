@@ -95,7 +95,7 @@ def test_what_passes_through_staging_is_copied_and_hides_nothing():
 
 def test_of_experts_those_chosen_are_computed():
     """Rows that are held and not chosen cost nothing; a chosen one costs the same wherever it comes from."""
-    few = replace(WORK, misses=(2.0,) * 32, chosen=8)
+    few = replace(WORK, misses=(2.0,) * 32, wanted=(8.0,) * 32)
     own = seconds(misses=(0.0,) * 32) - sum(PLAN.capacities) * 16384 / 40e9
     assert forecast(PLAN, few, MACHINE, None).seconds == pytest.approx(own + 32 * 8 * 16384 / 40e9)
 
