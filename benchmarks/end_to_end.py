@@ -45,7 +45,7 @@ from mlxflash.backends.cuda import DeviceBackend
 from mlxflash.bundle import Bundle
 from mlxflash.diskprofile import disk_profile
 from mlxflash.flash import FlashModel
-from mlxflash.forecast import Work, forecast, machine_profile
+from mlxflash.forecast import COPY, Work, forecast, machine_profile
 from mlxflash.lookahead import RANK, WIDTH_PER_RANK, Fit, LookAhead
 from mlxflash.misses import misses_per_token
 from mlxflash.model import load_bundle
@@ -158,9 +158,11 @@ def foreseen(model: FlashModel, trace: Trace, early: str | None, backend: Backen
         misses=misses,
         recall=right,
         over=wrong,
+        staged=not manifest.record.aligned,
     )
     disk = disk_profile([flash.bundle.layer_path(i) for i in range(flash.bundle.num_layers)])
-    return forecast(flash.plan, work, machine_profile(backend, {manifest.dtype, "float16", "float32"}), disk).seconds
+    machine = machine_profile(backend, {manifest.dtype, "float16", "float32", COPY})
+    return forecast(flash.plan, work, machine, disk).seconds
 
 
 def link(model: FlashModel, sets: Sets) -> None:

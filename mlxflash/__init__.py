@@ -4,8 +4,10 @@ Modules import only from those below themselves:
 
     cli, api                     commands; load()
     hub, train, plot             names to bundles; training a predictor; pictures of a fidelity report
+    rounding, routing            what quantising cost; which experts tokens choose
     calibrate, thinning          measuring a predictor; finding levels of fidelity
     converters, evaluate         checkpoints to bundles; what a model says of text
+    preview                      what a public model would do here, before it is downloaded
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model
     ffn, experts, routed         which units, bring them, compute
@@ -14,6 +16,7 @@ Modules import only from those below themselves:
     backends                     where rows live and how the FFN is computed on them
     catalog                      public models by short names, and what they will take
     models, plan, policy, pool   model families; budgets; who leaves memory first; host memory
+    kept                         what was measured of this machine
     hosttier                     the host's memory beside a device with its own
     reader, bundle, _native      extents to bytes; what lies on disk; the optional native part
     install                      which MLX is installed, and what is wrong with it

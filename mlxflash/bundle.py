@@ -137,6 +137,14 @@ class Manifest:
         """Whether something of the model's own says which units or experts a token needs, and no others count."""
         return self.layout == "experts" or self.activation.startswith("routed ")
 
+    @property
+    def rounding(self) -> str:
+        """What quantising cost beside the checkpoint's floats, for people; empty where nobody measured it."""
+        said = self.calibration.get("rounding")
+        if said is None:
+            return ""
+        return f"{said['bits']}-bit: KL {said['kl']:.4f} from {said['dtype']}, top-1 agreement {said['top1']:.1%}"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "format": "mlxflash",
@@ -433,6 +441,17 @@ def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> Non
         numbers += [figures.get(key) for key in ("recall", "perplexity_change", "margin")]
         if "misses" in figures:
             _check_misses(figures["misses"], num_layers, f"{where}, misses of {name}")
+    if "router" in data:
+        routing = _get(data, "router", dict, f"{where}, calibration")
+        _check_misses(routing.get("misses"), num_layers, f"{where}, misses of its experts")
+        numbers.append(routing.get("tokens"))
+        _get(routing, "text", str, f"{where}, routing")
+    if "rounding" in data:
+        figures = _get(data, "rounding", dict, f"{where}, calibration")
+        numbers += [figures.get(key) for key in ("bits", "kl", "kl_se", "top1", "tokens")]
+        numbers += [figures[key] for key in ("ppl_change", "ppl_change_se") if key in figures]
+        for key in ("dtype", "text"):
+            _get(figures, key, str, f"{where}, rounding")
     for number in numbers:
         if not (_is_int(number) or isinstance(number, float)) or not math.isfinite(number):
             raise BundleError(f"{where}: {number!r} in its calibration is not a number; calibrate again")

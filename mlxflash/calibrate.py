@@ -5,6 +5,8 @@ estimated, one layer in memory at a time. The first half of the text sets the er
 perplexity included, through the decode path without any row left over from earlier tokens.
 """
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -77,7 +79,7 @@ def calibrate(
         check_length(tokens)
     source = "text" if tokens is not None else "the model's own text"
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
-        sequences = _sequences(model, tokens, num_tokens, progress)
+        sequences = sequences_of(model, tokens, num_tokens, progress)
         recorders = record_inputs(model)
         exact = []
         for i, sequence in enumerate(sequences):
@@ -167,7 +169,7 @@ def exact_inputs(
 ) -> list[np.ndarray]:
     """What each layer's FFN is given on a text, float32 [tokens, d_model], by one exact pass."""
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
-        sequences = _sequences(model, tokens, len(tokens), progress)
+        sequences = sequences_of(model, tokens, len(tokens), progress)
         recorders = record_inputs(model)
         for i, sequence in enumerate(sequences):
             progress("exact pass", i, len(sequences))
@@ -176,22 +178,28 @@ def exact_inputs(
         return [recorder.inputs() for recorder in recorders]
 
 
-def _sequences(model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress) -> list[np.ndarray]:
+def sequences_of(
+    model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress, seconds: float = math.inf
+) -> list[np.ndarray]:
+    """Text, int [n] (None: what the exact model samples in so many seconds), in pieces to measure on."""
     longest = min(512, max_positions(model.flash.bundle.config()), model.flash.plan.context)
     if tokens is None:
-        return _own_text(model, min(max(2, num_tokens // OWN_SEQUENCES), longest), progress)
+        return _own_text(model, min(max(2, num_tokens // OWN_SEQUENCES), longest), progress, seconds)
     length = min(longest, max(2, min(num_tokens, len(tokens)) // 2))
     tokens = tokens[:num_tokens]
     return [tokens[i : i + length] for i in range(0, len(tokens) - 1, length) if len(tokens) - i > 1]
 
 
-def _own_text(model: FlashModel, length: int, progress: Progress) -> list[np.ndarray]:
-    """Sequences the exact model samples at temperature 1 from different first tokens: int [length] each."""
+def _own_text(model: FlashModel, length: int, progress: Progress, seconds: float) -> list[np.ndarray]:
+    """Sequences the exact model samples at temperature 1 from different first tokens: int [length] each, or as many
+    tokens as it has time for, LEAST_TOKENS in all at least."""
     rng = np.random.default_rng(0)
     vocabulary = int(model.flash.bundle.config()["vocab_size"])
     steps = [rng.integers(0, vocabulary, OWN_SEQUENCES)]
-    cache = reserved_cache(model, None, length)
+    cache, end = reserved_cache(model, None, length), time.monotonic() + seconds
     for i in range(length - 1):
+        if time.monotonic() > end and len(steps) * OWN_SEQUENCES >= LEAST_TOKENS:
+            break
         progress("own text", i, length - 1)
         logits = model(mx.array(steps[-1][:, None]), cache=cache)[:, -1].astype(mx.float32)
         noise = rng.gumbel(size=logits.shape).astype(np.float32)

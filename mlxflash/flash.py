@@ -38,6 +38,7 @@ class FlashStats:
     tier_hit_rate: float  # of the units that went to the device, from the host's memory
     pool_copies: int  # updates of rows that copied a whole pool: a bug, or a computation that was not finished
     forecast_tps: float | None  # tokens per second as foreseen; None: not where reads may come from the page cache
+    forecast: str  # the same for people; of mixtures that nobody measured it is the least
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Flash:
             tier_hit_rate=hits / max(1, hits + sent.tier_misses - before.tier_misses),
             pool_copies=sent.pool_copies - before.pool_copies,
             forecast_tps=1 / self.forecast.seconds if self.forecast else None,
+            forecast=self.forecast.rate if self.forecast else "",
         )
 
     def held_share(self) -> float:

@@ -200,7 +200,7 @@ def load_bundle(
         raise BundleError(f"{where}: made of {bundle.num_layers} layers, config.json describes {len(streamed)}")
     name = "all" if plan.whole else str(predictor)
     cuts = read_cuts(bundle, name, level.multiplier) if level is not None and name in STORED else None
-    mode = _mode(bundle, name, plan, margin, level)
+    mode = "; ".join(filter(None, [_mode(bundle, name, plan, margin, level), manifest.rounding]))
     reader: Any = make_reader(direct=direct)
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}

@@ -5,6 +5,7 @@ cache, and what is left over is pools. Only the interpreter itself (Python, MLX,
 cannot work is refused before anything is read. Imports no MLX.
 """
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass, replace
@@ -319,19 +320,39 @@ def format_bytes(count: float) -> str:
 
 
 def available_memory() -> int:
-    """Bytes this process could still take: what the system reports, and no more than its cgroup's limit."""
+    """Bytes this process could still take: what the system reports, and no more than its cgroups' least limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         text = Path("/proc/meminfo").read_text()
         total = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
         pass  # not Linux: physical memory is the best there is
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(file).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
+    return min([total, *cgroup_limits()])
+
+
+def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Limits in bytes of this process's cgroups, of both versions, and of all that these lie in.
+
+    root, own: where cgroups are mounted, and the file that names this process's, as Linux has them.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, inside = line.split(":", 2)
+        mounts = [(root / "memory", "memory.limit_in_bytes")] if "memory" in controllers.split(",") else []
+        if not controllers:  # the second version; beside the first it is mounted apart
+            mounts = [(root, "memory.max"), (root / "unified", "memory.max")]
+        for mount, name in mounts:
+            here = mount / inside.lstrip("/")
+            for folder in (here, *here.parents):
+                with contextlib.suppress(OSError, ValueError):  # none there: another mount, or "max"
+                    limits.append(int((folder / name).read_text()))
+                if folder == mount:
+                    break
+    return limits
 
 
 def as_typed(count: int) -> str:

@@ -248,6 +248,7 @@ def test_a_trained_predictor_generates(command, library, tmp_path):
 def test_info_answers_without_mlx():
     code = (
         "import sys; from mlxflash.cli import main; main(['info', 'story']); main(['verify', 'story']);"
+        "main(['models']);"
         "print([m for m in ('mlx', 'mlx_lm', 'transformers') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -255,10 +256,31 @@ def test_info_answers_without_mlx():
     assert run.stdout.endswith("[]\n")
 
 
+def test_the_embedded_model_has_one_name_everywhere(command, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 20, encoding="utf-8")
+    for verb in ("info", "verify"):
+        assert command(verb, "story").code == 0
+    small = ("--text", text, "--tokens", "32")
+    assert "high" in command("eval", "story", *small, "--memory", "24MB", "--context", "32").out
+    run = command("reorder", "story", tmp_path / "ordered.flash", *small)
+    assert "fewer" in run.out
+    assert command("verify", tmp_path / "ordered.flash").code == 0
+    for verb in ("calibrate", "train"):
+        refused(command(verb, "story", *small), "story: the embedded model stays as it is", f"{verb} the copy")
+
+
 @pytest.mark.parametrize("name", ["opt-125m", "some-org/some-model"])
 def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path):
+    """After what a public model would take and do here."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "MLXFLASH_CACHE": str(tmp_path / "cache")}
-    refused(process("generate", "--model", name, "-p", "x", env=offline), name, "not on this machine")
+    run = process("generate", "--model", name, "-p", "x", env=offline)
+    *before, last = run.err.splitlines(keepends=True)
+    refused(Run(run.code, run.out, last), name, "not on this machine")
+    assert bool(before) == (name == "opt-125m")
+    if before:
+        assert before[0].startswith("facebook/opt-125m: ")
+        assert "-q 4 " in before[2]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 
 from build import Shape
 from mlxflash.bundle import Bundle
-from mlxflash.hub import STORY
+from mlxflash.catalog import STORY
 
 MB = 1_000_000
 DEEP = Shape(layers=16, d_model=512, ffn=2048, heads=8, vocab=400, dtype="float16")  # 105 MB
@@ -138,3 +138,10 @@ def test_peak_memory_grows_by_no_more_than_the_budget(library, tmp_path, more):
     least = peak(tiny, 8 * MB, *more)
     for memory in (22 * MB, 26 * MB):
         assert 5 * MB < peak(STORY, memory, *more) - least < memory
+
+
+def test_what_is_available_is_no_more_than_the_cgroups_limit():
+    code = "from mlxflash.plan import available_memory; print(available_memory())"
+    limit = 300 << 20
+    run, _ = run_in([sys.executable, "-c", code], limit)
+    assert int(run.stdout) == limit

@@ -180,6 +180,9 @@ class NativeEmbedding(nn.Module):
 
     def __call__(self, ids: mx.array) -> mx.array:
         m, chosen = self._matrix, np.asarray(ids)
+        count, least, most = m.weight.shape[0], int(chosen.min(initial=0)), int(chosen.max(initial=0))
+        if least < 0 or most >= count:
+            raise ValueError(f"token or position {least or most}: this model has {count}, counted from 0")
         rows = [_rows_of(array, chosen) for array in (m.weight, m.scales, m.biases) if array is not None]
         if m.bits:
             scales, biases = rows[1].astype(mx.float32), rows[2].astype(mx.float32)

@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxflash.bundle import Bundle
-from mlxflash.commands.terminal import FIDELITIES, Progress, read_text, say
-from mlxflash.hub import STORY
+from mlxflash.commands.terminal import FIDELITIES, Progress, open_bundle, read_text, say
 from mlxflash.plan import format_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         from mlxflash.predictor import MARGIN
 
         check_plot(args.plot)
-    bundle = Bundle.open(STORY if str(args.bundle) == "story" else args.bundle)
+    bundle = open_bundle(args.bundle)
     tokens = read_text(args.text, bundle.path, args.tokens + 1)
     reports: list[Report] = []
     with (

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxflash.bundle import SPARSE_ACTIVATIONS, Bundle, BundleError, Manifest
 from mlxflash.catalog import KNOWN, Known
-from mlxflash.commands.terminal import Progress, say
+from mlxflash.commands.terminal import Progress, open_bundle, say
 from mlxflash.plan import format_bytes
 
 
@@ -53,12 +53,12 @@ def _known_facts(known: Known) -> dict[str, Any]:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    bundle = Bundle.open(_story(args.bundle))
+    bundle = open_bundle(args.bundle)
     print(json.dumps(facts(bundle), indent=1) if args.json else describe(bundle))
 
 
 def run_verify(args: argparse.Namespace) -> None:
-    bundle = Bundle.open(_story(args.bundle))
+    bundle = open_bundle(args.bundle)
     bad = []
     with Progress() as progress:
         for index in range(bundle.num_layers):
@@ -70,12 +70,6 @@ def run_verify(args: argparse.Namespace) -> None:
     if bad:
         raise BundleError(f"{bundle.path}: {len(bad)} records are damaged; convert again")
     print(f"{bundle.path}: all {sum(layer.units for layer in bundle.manifest.layers)} records match their checksums")
-
-
-def _story(path: Path) -> Path:
-    from mlxflash.hub import STORY
-
-    return STORY if str(path) == "story" else path
 
 
 def facts(bundle: Bundle) -> dict[str, Any]:
@@ -129,11 +123,25 @@ def describe(bundle: Bundle) -> str:
         f"  resident    {format_bytes(f['resident_bytes'])}",
         f"  runs        {f['runs']}",
     ]
+    if routing := m.calibration.get("router"):
+        misses = [np.interp(0.5, routing["misses"]["shares"], curve) for curve in routing["misses"]["layers"]]
+        measured = f"{routing['tokens']} tokens of {routing['text']}"
+        lines.append(f"  routing     {np.mean(misses):.2f} experts missed per token and layer, half held ({measured})")
+    if m.rounding:
+        lines.append(f"  rounding    {m.rounding}{_of_text(m.calibration['rounding'])}")
     for name, size in f["predictors"].items():
         said = m.calibration.get(name)
         lines.append(f"  predictor   {name}, {format_bytes(size)}: {_said(said)}")
         lines += [f"  fidelity    {line}" for line in _levels(bundle, name)]
     return "\n".join(lines)
+
+
+def _of_text(said: dict[str, Any]) -> str:
+    """What the cost of rounding was measured on; perplexity where that was a text of the user's."""
+    change = ""
+    if "ppl_change" in said:
+        change = f", perplexity {said['ppl_change']:+.2%} +-{said['ppl_change_se']:.2%}"
+    return f"{change} ({said['tokens']} tokens of {said['text']})"
 
 
 def _levels(bundle: Bundle, predictor: str) -> list[str]:
