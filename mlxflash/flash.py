@@ -101,7 +101,7 @@ class Flash:
         self.predictor, self.level, self.forecast, self.choice = predictor, level, forecast, choice
         self.layers: list[FlashLayer] = []
         self.files: list[File] = []
-        self.stagings: list[Any] = []  # where units land on their way; each has `reset`
+        self.stagings: tuple[Any, ...] = ()  # where units land on their way; each has `reset`
         self.times = Times()
         self.torn = False  # a pass was begun and did not end: an interrupt or a failed read cut it off
         self.closed = False

@@ -137,7 +137,7 @@ def sizes_of(
         score_token=2 * int(config["num_attention_heads"]) * 4,
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
-        staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+        staged=backend.stages(ffn),
         discrete=backend.discrete,
         least_slots=least,
         expert_token=token,

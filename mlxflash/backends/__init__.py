@@ -175,9 +175,12 @@ class Backend(Protocol):
     def available_memory(self) -> int | None:
         """Bytes of its own memory that a discrete device has free; None where it uses the host's or cannot say."""
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        """Where units land on their way to a window's rows, and to each of a stream's two blocks: what `rows` wants as
-        its third argument."""
+    def stages(self, ffn: FFN) -> bool:
+        """Whether units pass through staging, as not all reads can land in `rows` in place."""
+
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
+        """Where units land on their way to a window's rows, and to a stream's blocks: what `rows` wants as its third
+        argument."""
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype: ...
 
@@ -228,9 +231,10 @@ class Matrix:
         return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
 
 
-def stagings(plan: Plan) -> list[Staging]:
-    """`Backend.landings` where the device uses the host's memory."""
-    return [Staging(plan.staging_bytes) for _ in range(3)]
+def host_landings(ffn: FFN, plan: Plan) -> tuple[Staging, Staging]:
+    """`Backend.landings` where the device uses the host's memory: one buffer for all."""
+    staging = Staging(plan.staging, ffn.record)
+    return staging, staging
 
 
 NO_CUDA = "this MLX was built without it: pip uninstall -y mlx-cpu; pip install 'mlxflash[cuda13]' (or cuda12)"

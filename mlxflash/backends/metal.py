@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflash.backends import FFN, Matrix, Traffic, stagings
+from mlxflash.backends import FFN, Matrix, Traffic, host_landings
 from mlxflash.backends.experts import MLXExperts
 from mlxflash.bundle import ITEM_BYTES, Manifest
 from mlxflash.plan import Plan
@@ -95,8 +95,11 @@ class MLXBackend:
     def available_memory(self) -> int | None:
         return None
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        return stagings(plan)
+    def stages(self, ffn: FFN) -> bool:
+        return not ffn.record.aligned or (ffn.layout != "experts" and not self._records(ffn))
+
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
+        return host_landings(ffn, plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         """The weights' dtype; on the CPU float32 beside quantised weights, whose half-precision kernels crawl."""
@@ -108,13 +111,17 @@ class MLXBackend:
         if ffn.layout == "experts":
             compute = mx.float32 if self._device == mx.cpu else None
             return MLXExperts(ffn, capacity, staging, shared_array if self._alias else None, compute)
-        return MLXRows(ffn, capacity, staging, self._record_rows and not ffn.bits, self._alias)
+        return MLXRows(ffn, capacity, staging, self._records(ffn), self._alias)
 
     def slot_bytes(self, ffn: FFN) -> int:
         if ffn.layout == "experts":
             return ffn.record.stride
-        streamed = ffn.record.stride if self._record_rows and not ffn.bits else ffn.record.num_bytes
+        streamed = ffn.record.stride if self._records(ffn) else ffn.record.num_bytes
         return streamed + 4 * sum(p.offset is None for p in ffn.record.parts)
+
+    def _records(self, ffn: FFN) -> bool:
+        """Whether rows are shaped like records."""
+        return self._record_rows and not ffn.bits
 
     def layer_bytes(self, ffn: FFN) -> int:
         return PAGE * len(ffn.record.parts)  # what aligning an array costs
