@@ -134,6 +134,7 @@ class Shape:
 SHAPES = {
     # The smallest whose records are whole blocks, as real ones are, and that streams at half of its size.
     "tiny": Shape(layers=4, d_model=1024, ffn=8192, heads=16, vocabulary=512, positions=512),
+    "tiny-llama": Shape(4, 1024, 4096, 8, 512, 512, "llama", "silu"),
     "tiny-llama-relu": Shape(4, 1024, 4096, 8, 512, 512, "llama", "relu", activity=LLAMA),
     "tiny-falcon-relu": Shape(4, 1088, 4352, 17, 512, 512, "falcon", "relu", activity=FALCON),
     "opt-1.3b": Shape(layers=24, d_model=2048, ffn=8192, heads=32, vocabulary=50272, positions=2048),
