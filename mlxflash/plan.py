@@ -5,8 +5,10 @@ cache, and what is left over is pools. Only the interpreter itself (Python, MLX,
 cannot work is refused before anything is read. Imports no MLX.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -315,19 +317,28 @@ def format_bytes(count: float) -> str:
 
 
 def available_memory() -> int:
-    """Bytes this process could still take: what the system reports, and no more than its cgroup's limit."""
+    """Bytes this process could still take: what the system reports, and no more than its cgroups' limits."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         text = Path("/proc/meminfo").read_text()
         total = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
         pass  # not Linux: physical memory is the best there is
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(file).read_text()))
-        except (OSError, ValueError):
-            continue
+    for file in _cgroup_limits():
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            total = min(total, int(file.read_text()))
     return total
+
+
+def _cgroup_limits() -> Iterator[Path]:
+    """Files with the memory limits of this process's cgroup, of either kind, and of all around it."""
+    own = Path("/proc/self/cgroup")
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, kinds, path = line.split(":", 2)
+        if kinds in ("", "memory"):
+            root, name = ("memory", "memory.limit_in_bytes") if kinds else ("", "memory.max")
+            folder = Path("/sys/fs/cgroup", root, path.lstrip("/"))
+            yield from (around / name for around in (folder, *folder.parents))
 
 
 def as_typed(count: int) -> str:

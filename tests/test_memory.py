@@ -80,3 +80,10 @@ def test_peak_memory_grows_by_no_more_than_the_budget(library, tmp_path, more):
     least = peak(tiny, 8 * MB, *more)
     for memory in (22 * MB, 26 * MB):
         assert 5 * MB < peak(STORY, memory, *more) - least < memory
+
+
+def test_a_limit_around_the_process_is_seen():
+    """That of its own cgroup, and not only of the outermost."""
+    ask = [sys.executable, "-c", "from mlxflash.plan import available_memory; print(available_memory())"]
+    run, _ = run_in(ask, 300 * 1024 * 1024)
+    assert int(run.stdout) == 300 * 1024 * 1024
