@@ -103,7 +103,7 @@ class Flash:
         self.layers: list[FlashLayer] = []
         self.owners: list[Any] = []  # the model's layers that these belong to: of hybrids not all
         self.files: list[File] = []
-        self.stagings: list[Any] = []  # where units land on their way; each has `reset`
+        self.stagings: tuple[Any, ...] = ()  # where units land on their way; each has `reset`
         self.times = Times()
         self.torn = False  # a pass was begun and did not end: an interrupt or a failed read cut it off
         self.closed = False

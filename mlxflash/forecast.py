@@ -178,8 +178,6 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
             late_cpu, early_cpu = (count * disk.read_cpu / cores for count in (on_time, ahead))
             copies = (on_time + ahead) * work.stride / machine.rates[COPY] if work.staged else 0.0
         compute += own + rows + new
-        if work.staged:  # one buffer for all: what is asked for early waits for what is late
-            late, early = late + early, 0.0
         seconds += max(own + early_cpu + max(rows + late_cpu, late), early + late) + copies + new
         reads += missed * (1 + work.over)
     return Forecast(seconds, compute, reads, work.chance)

@@ -210,10 +210,10 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        staging, *others = flash.stagings = backend.landings(ffn, plan)
+        staging, passing = flash.stagings = backend.landings(ffn, plan)
         blocks = None
         if not plan.whole:
-            pair = [backend.rows(ffn, plan.block_units, other) for other in others]
+            pair = [backend.rows(ffn, plan.block_units, passing) for _ in range(2)]
             apart = 0 if mixture else (disk.gap_bytes() if disk else DEFAULT_GAP_BYTES) // manifest.record.stride
             blocks = Blocks((pair[0], pair[1]), apart)
         for i, (entry, owner) in enumerate(zip(manifest.layers, streamed, strict=True)):

@@ -74,7 +74,6 @@ class Plan:
     capacities: tuple[int, ...]
     units: tuple[int, ...]
     block_units: int
-    staging_bytes: int
     prefill_tokens: int
     context: int
     whole: bool
@@ -165,7 +164,6 @@ def make_plan(sizes: Sizes, memory: int | None, context: int, available: int | N
         capacities=capacities,
         units=sizes.units,
         block_units=min(reserves["blocks"] // (2 * sizes.slot), max(sizes.units)),
-        staging_bytes=reserves["staging"] // 3 or _least_staging(sizes),
         discrete=sizes.discrete,
         host_objects=beside,
         host_landing=LANDING_BLOCKS * max(reserves["blocks"] // 2, LEAST_LANDING * sizes.stride) * sizes.discrete,
@@ -185,7 +183,7 @@ def _reserves(sizes: Sizes, context: int, spare: int) -> dict[str, int]:
         # A chunk of a prompt reads every expert that any of its tokens chose: longer ones are worth more there.
         "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // (8 if sizes.expert_token else 16),
         "blocks": 2 * block,
-        "staging": 3 * (block + _least_staging(sizes)) if sizes.staged and not sizes.discrete else 0,
+        "staging": 3 * (block + _least_staging(sizes)) if sizes.staged else 0,
         "cache": min(64 << 20, (1 << 20) + spare // 64),
     }
 
@@ -196,8 +194,7 @@ def _whole(sizes: Sizes, context: int) -> Plan:
     pools, kv = sum(sizes.units) * sizes.slot, context * sizes.kv_token
     # A held layer's activations are as wide as the layer.
     activations = _activations(sizes, prefill, context) + prefill * max(sizes.units) * sizes.activation_item
-    buffer = MOST_BLOCK_BYTES + _least_staging(sizes)
-    staging, cache = buffer if sizes.staged and not sizes.discrete else 0, 16 << 20
+    staging, cache = MOST_BLOCK_BYTES + _least_staging(sizes) if sizes.staged else 0, 16 << 20
     objects, beside = _objects(sizes)
     return Plan(
         memory=sizes.resident + objects + kv + activations + staging + cache + pools,
@@ -213,7 +210,6 @@ def _whole(sizes: Sizes, context: int) -> Plan:
         capacities=sizes.units,
         units=sizes.units,
         block_units=0,
-        staging_bytes=buffer,
         prefill_tokens=prefill,
         context=context,
         whole=True,

@@ -98,8 +98,7 @@ def assert_sound(plan: Plan, sizes: Sizes, memory, context):
         assert plan.predictor == sizes.predictor
         assert plan.block_units >= 1
         assert plan.blocks >= 2 * plan.block_units * sizes.slot
-        assert plan.staging == 3 * plan.staging_bytes * sizes.staged
-        assert plan.staging_bytes >= sizes.stride + 8192
+        assert sizes.staged * 3 * (sizes.stride + 8192) <= plan.staging <= sizes.staged * 3 * (plan.blocks + (1 << 20))
     assert 16 <= plan.prefill_tokens <= 512
     assert plan.activations >= plan.prefill_tokens * (sizes.activation_token + context * sizes.score_token)
 

@@ -237,9 +237,9 @@ class Backend(Protocol):
     def available_memory(self) -> int | None:
         """Bytes of its own memory that a discrete device has free; None where it uses the host's or cannot say."""
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        """Where units land on their way to a window's rows, and to each of a stream's two blocks: what `rows` wants as
-        its third argument."""
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
+        """Where units land on their way to a window's rows, and to a stream's blocks: what `rows` wants as its third
+        argument."""
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype: ...
 
@@ -252,7 +252,7 @@ class Backend(Protocol):
         """Memory that `rows` takes beside its slots."""
 
     def is_staged(self, ffn: FFN) -> bool:
-        """Whether direct reads pass through a staging buffer, since slots or records are shaped otherwise."""
+        """Whether units pass through staging, as not all reads can land in `rows` in place."""
 
     def operand(self, x: mx.array) -> Any:
         """x where this device computes on it: an array of MLX's, or of NumPy's where the host computes."""
@@ -293,9 +293,10 @@ class Matrix:
         return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
 
 
-def stagings(plan: Plan) -> list[Staging]:
-    """`Backend.landings` where the device uses the host's memory."""
-    return [Staging(plan.staging_bytes) for _ in range(3)]
+def host_landings(ffn: FFN, plan: Plan) -> tuple[Staging, Staging]:
+    """`Backend.landings` where the device uses the host's memory: one buffer for all."""
+    staging = Staging(plan.staging, ffn.record)
+    return staging, staging
 
 
 NO_CUDA = "this MLX was built without it: pip uninstall -y mlx-cpu; pip install 'mlxflash[cuda13]' (or cuda12)"

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash._native import core
-from mlxflash.backends import FFN, Matrix, Traffic, stagings
+from mlxflash.backends import FFN, Matrix, Traffic, host_landings
 from mlxflash.backends.attention import replace_attention
 from mlxflash.backends.experts import MLXExperts, NativeExperts, Slots, floats
 from mlxflash.backends.metal import MLXBackend
@@ -43,8 +43,8 @@ class CPUBackend:
     def available_memory(self) -> int | None:
         return None
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        return stagings(plan)
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
+        return host_landings(ffn, plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         return mx.float32

@@ -55,13 +55,16 @@ class DeviceBackend(MLXBackend):
         free = mx.device_info(mx.gpu).get("free_memory")
         return None if free is None else int(free)
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
+    def is_staged(self, ffn: FFN) -> bool:
+        return False  # not in its own memory
+
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
         """Doors to one host tier."""
         record = ffn.record
         tier = HostTier(record, max(CHUNKS, plan.host_landing // record.stride), plan.host_tier // record.stride)
         if self.bus is not None:
             self.bus.lock(tier.rows.memory, tier)  # where that fails, its rows go the plain way
-        return [Door(tier, takes=True), Door(tier, takes=False), Door(tier, takes=False)]
+        return Door(tier, takes=True), Door(tier, takes=False)
 
     def rows(self, ffn: FFN, capacity: int, staging: Any) -> Any:
         if ffn.layout == "experts":

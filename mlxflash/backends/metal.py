@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflash.backends import FFN, PARTIAL_SUMS, Matrix, Traffic, stagings
+from mlxflash.backends import FFN, PARTIAL_SUMS, Matrix, Traffic, host_landings
 from mlxflash.backends.experts import MLXExperts
 from mlxflash.bundle import ITEM_BYTES, Manifest
 from mlxflash.plan import Plan
@@ -95,8 +95,8 @@ class MLXBackend:
     def available_memory(self) -> int | None:
         return None
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        return stagings(plan)
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
+        return host_landings(ffn, plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         """The weights' dtype; on the CPU float32 beside quantised weights, whose half-precision kernels crawl."""
