@@ -109,6 +109,7 @@ class Work:
     misses: tuple[float, ...]  # units per token, per layer
     recall: float = 0.0  # of the look-ahead: the share of the misses that is asked for a layer early
     over: float = 0.0  # units it asks for beside those it should, as a share of the misses
+    streams: bool = False  # misses pass in large blocks, from layer to layer
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
     for held, missed in zip(plan.capacities, work.misses, strict=True):
         rows, new = held * work.slot / rate, missed * work.slot / rate
         late = early = late_cpu = early_cpu = 0.0
-        if disk is not None:
+        if disk is not None and work.streams:
+            late = BESIDE * disk.sequential(missed * extent)
+        elif disk is not None:
             on_time, ahead = missed * (1 - work.recall), missed * (work.recall + work.over)
             late, early = BESIDE * disk.batch(extent, on_time), BESIDE * disk.batch(extent, ahead)
             late_cpu, early_cpu = (count * disk.read_cpu / cores for count in (on_time, ahead))

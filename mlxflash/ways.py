@@ -21,7 +21,11 @@ from mlxflash.plan import (
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
 
-STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
+STORED = {  # predictors that lie in a bundle: what to do where one is missing
+    "low-bit": "convert again, or use --exact",
+    "low-rank": "`mlxflash train` makes one",
+    "bound": "`mlxflash calibrate --predictor bound` makes one",
+}
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,15 @@ def forecast_of(
     look_ahead: bool,
 ) -> Forecast | None:
     """Of a decoded token; None for experts, where misses were not measured, and where reads may be cached."""
-    manifest = bundle.manifest
-    if manifest.layout == "experts" or (not plan.whole and (disk is None or sizes.curves is None)):
+    manifest, streams = bundle.manifest, predictor == "all"
+    unknown = disk is None or (sizes.curves is None and not streams)
+    if manifest.layout == "experts" or (not plan.whole and unknown):
         return None
-    misses = (0.0,) * len(plan.units)
+    misses = tuple(float(units - held) for units, held in zip(plan.units, plan.capacities, strict=True))
     if not plan.whole and sizes.curves is not None:
         misses = tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
     kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
-    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8"}.get(predictor, kind)
+    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8", "bound": "8"}.get(predictor, kind)
     head = any(t.name.startswith("lm_head.") for t in found)
     idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
     ahead = manifest.calibration.get("look-ahead") if look_ahead else None
@@ -76,6 +81,7 @@ def forecast_of(
         stride=sizes.stride,
         kv=plan.kv // 2,  # of a context that fills
         misses=misses,
+        streams=streams,
         recall=recall,
         over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
     )

@@ -171,6 +171,7 @@ class Backend(Protocol):
     traffic: Traffic
     carries: str  # what brings units to a discrete device, for people
     peak_bytes: int  # of MLX's memory, before the last time that the backend reset it
+    product_rounding: float  # how much products round what they multiply, relatively: 0 where they are float32's
 
     def available_memory(self) -> int | None:
         """Bytes of its own memory that a discrete device has free; None where it uses the host's or cannot say."""

@@ -33,6 +33,7 @@ class CPUBackend:
     discrete = False
     carries = ""
     peak_bytes = 0
+    product_rounding = 0.0
 
     def __init__(self) -> None:
         self.traffic = Traffic()

@@ -87,6 +87,7 @@ class MLXBackend:
     def __init__(self, device: Any, record_rows: bool | None = None, alias: bool | None = None):
         self.traffic = Traffic()
         self.peak_bytes = 0
+        self.product_rounding = 0.0 if device == mx.cpu else 2.0**-11  # GPUs may take float32 as TF32
         self.name = "metal" if device == mx.gpu else "mlx-cpu"
         self._device = device
         self._record_rows = device == mx.gpu if record_rows is None else record_rows
