@@ -133,6 +133,8 @@ def make_bound(
     A matrix that is stored in so few bits is its own best copy: nothing is lost but by rounding.
     """
     units, unit_bytes, mean = len(offset), bundle.manifest.record.num_bytes, x.mean(axis=0)
+    if len(mean) % 32:
+        raise BundleError(f"{bundle.path}: width {len(mean)} is not in groups of 32, as a low-bit copy is")
     weight = mx.array(floats(exact))
     copies = [low_bit_matrix(weight, bits) for bits in BITS if not exact.bits or bits < exact.bits]
     best: tuple[float, Bound, Matrix, Loss] | None = None

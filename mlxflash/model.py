@@ -279,7 +279,7 @@ def _predictor(
         files = bundle.predictor_files(name)
         if len(files) != bundle.num_layers:
             raise BundleError(
-                f"{bundle.path}: {len(files)} {name} files for {bundle.num_layers} layers; {STORED[name]}"
+                f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; {STORED[name]}"
             )
         if name == "bound":
             return load_bound(bundle, index, backend, ffn, bias)
