@@ -8,6 +8,7 @@ paper's: two small matrices that `train` made.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -151,8 +152,13 @@ def read_low_bit(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, np.ndarray
 
 
 def save_low_rank(file: Path, inner: Matrix, outer: Matrix, offset: np.ndarray) -> None:
-    """One layer's trained predictor: log-odds (x inner^T) outer^T + offset; [rank, d_model], [units, rank], [units]."""
+    """One layer's trained predictor: log-odds (x inner^T) outer^T + offset; [rank, d_model], [units, rank], [units].
+
+    Where `inner` has `hidden`, that is added to its product, and a ReLU follows.
+    """
     arrays: dict[str, mx.array] = {"offset": mx.array(offset)}
+    if inner.hidden is not None:
+        arrays["hidden"] = mx.array(inner.hidden)
     meta: dict[str, str] = {}
     for name, m in (("inner", inner), ("outer", outer)):
         add_matrix(name, m, arrays, meta)
@@ -171,10 +177,13 @@ def read_low_rank(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, Matrix, n
         arrays, meta = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True))
         inner, outer = (read_matrix(arrays, meta, name) for name in ("inner", "outer"))
         offset = np.array(arrays["offset"].astype(mx.float32))
+        if "hidden" in arrays:
+            inner = replace(inner, hidden=np.array(arrays["hidden"].astype(mx.float32)))
     except (RuntimeError, KeyError, ValueError, TypeError) as problem:
         raise BundleError(f"{file}: not a low-rank predictor ({problem}); train again") from None
     rank = inner.weight.shape[0] if inner.weight.ndim else 0
     good = has_shape(inner, rank, ffn.d_model) and has_shape(outer, layer.units, rank)
+    good = good and (inner.hidden is None or inner.hidden.shape == (rank,))
     if not good or offset.shape != (layer.units,):
         raise BundleError(f"{file}: made for another model, {offset.size} units; train again")
     mx.eval([getattr(m, part) for m in (inner, outer) for part in ("weight", "scales", "biases")])

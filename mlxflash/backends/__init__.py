@@ -223,10 +223,11 @@ class Matrix:
     biases: Any = None
     bits: int = 0
     group_size: int = 0
+    hidden: np.ndarray | None = None  # float32 [rows]: `project` adds it, and a ReLU follows before the next matrix
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
+        return sum(a.nbytes for a in (self.weight, self.scales, self.biases, self.hidden) if a is not None)
 
 
 def stagings(plan: Plan) -> list[Staging]:

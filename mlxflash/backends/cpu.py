@@ -70,7 +70,9 @@ class CPUBackend:
         def product() -> np.ndarray:
             y = _host(x)
             for weight in weights:
-                y = multiply(y, weight)
+                y = multiply(y, weight, weight.hidden)
+                if weight.hidden is not None:
+                    np.maximum(y, 0, out=y)
             return y
 
         return product

@@ -131,10 +131,16 @@ class MLXBackend:
             x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
         )  # fmt: skip
 
-    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+    def chain(self, x: mx.array, weights: tuple[Matrix, ...]) -> mx.array:
+        """What `project` hands over, float32."""
         for weight in weights:
             x = self.multiply(x, weight)
-        y = x.astype(mx.float32)
+            if weight.hidden is not None:
+                x = mx.maximum(x + mx.array(weight.hidden), 0)
+        return x.astype(mx.float32)
+
+    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+        y = self.chain(x, weights)
         mx.async_eval(y)
         return lambda: np.asarray(y)
 
