@@ -24,7 +24,7 @@ from mlxflash.predictor import MARGIN, low_bit_matrix, save_low_rank
 from mlxflash.train import BITS, Steps
 
 GROUP = 32  # factors are quantised in groups: ranks are filled up with zeros to whole ones
-PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+PARTS = ("fc1.weight", "fc2.weight", "fc1.bias", "fc2.bias")
 
 
 def import_predictor(bundle: Bundle, folder: Path, progress: Steps = lambda done, total: None) -> Bundle:
@@ -41,9 +41,9 @@ def import_predictor(bundle: Bundle, folder: Path, progress: Steps = lambda done
     if len(files) != bundle.num_layers:
         raise BundleError(f"{folder}: predictors of {len(files)} layers, {bundle.path} has {bundle.num_layers}")
     target = bundle.path / "predictors" / "low-rank"
-    partial = target.with_name("low-rank.part")
+    partial = bundle.path / "import.part"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         for index, file in enumerate(files):
             progress(index, len(files))
@@ -51,6 +51,7 @@ def import_predictor(bundle: Bundle, folder: Path, progress: Steps = lambda done
         progress(len(files), len(files))
         _forget(bundle)
         shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -78,7 +79,7 @@ def _import_layer(bundle: Bundle, index: int, file: Path, target: Path) -> None:
     first, second = parts["fc1.weight"], parts["fc2.weight"]
     rank = first.shape[0]
     wanted = {"fc1.weight": (rank, width), "fc1.bias": (rank,), "fc2.weight": (units, rank), "fc2.bias": (units,)}
-    for name, array in parts.items():
+    for name, array in ((name, parts[name]) for name in PARTS if name in parts):
         if array.shape != wanted[name] or not rank:
             raise BundleError(
                 f"{file}: {name} is {list(array.shape)}, {list(wanted[name])} would fit this bundle: another model's?"

@@ -16,7 +16,7 @@ import pytest
 from build import BACKENDS, Shape, load, prompt_of
 from mlxflash import model as models
 from mlxflash.backends import FFN
-from mlxflash.bound import BITS, Bound, bound_file, load_bound, lost
+from mlxflash.bound import BITS, Bound, bound_file, load_bound, lost, make_bound
 from mlxflash.bundle import Bundle, BundleError
 from mlxflash.calibrate import calibrate
 from mlxflash.commands.inspect import describe
@@ -153,15 +153,12 @@ def test_most_units_are_ruled_out_and_none_that_fires(measured):
     assert "fidelity" not in describe(bundle)
 
 
-def test_the_memory_that_is_asked_for_decides_the_bits(library, tmp_path):
-    sizes = []
-    for memory in ("room", "part"):
-        path = shutil.copytree(library.bundle(WIDE), tmp_path / memory)
-        with load(path, "native", memory, "all") as model:
-            budget = model.flash.plan.memory - (150_000 if memory == "part" else 0)
-        calibrate(Bundle.open(path), TEXT, predictor="bound", memory=budget)
-        sizes.append(sum(f.stat().st_size for f in Bundle.open(path).predictor_files("bound")))
-    assert sizes[0] > sizes[1]
+def test_more_memory_takes_more_bits(library, tmp_path):
+    bundle = Bundle.open(shutil.copytree(library.bundle(WIDE), tmp_path / "ours.flash"))
+    exact, _, bias = deciding(bundle, 0)
+    x = np.random.default_rng(0).normal(size=(200, 512)).astype(np.float32)
+    sizes = [make_bound(bundle, 0, BACKENDS["native"](), exact, bias, x, share).nbytes for share in (0.1, 0.8)]
+    assert 0 < sizes[0] < 0.7 * sizes[1]
 
 
 def test_it_moves_with_its_units(measured, tmp_path):

@@ -82,6 +82,17 @@ def test_of_two_ways_the_shorter_forecast_is_taken_and_said():
     assert faster(ways[0], unknown) == (ways[0], "")
 
 
+def test_what_streams_takes_its_blocks_one_after_the_other():
+    slow = made(overhead=1e-3)
+    streamed = seconds(slow, streams=True)
+    assert streamed < seconds(slow) / 2
+    own = seconds() - (sum(PLAN.capacities) + 300 * 32) * 16384 / 40e9
+    blocks = BESIDE * slow.sequential(300 * 16384)
+    assert streamed == pytest.approx(
+        own + 32 * max(PLAN.capacities[0] * 16384 / 40e9, blocks) + 300 * 32 * 16384 / 40e9
+    )
+
+
 def test_fewer_misses_take_less():
     disk = made()
     times = [seconds(disk, misses=(n,) * 32) for n in (0.0, 10.0, 100.0, 1000.0)]
