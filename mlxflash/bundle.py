@@ -436,7 +436,7 @@ def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> Non
                 numbers += [_get(level, key, object, f"{where}, fidelity {name!r}") for key in LEVEL_FIGURES]
                 _get(level, "met", bool, f"{where}, fidelity {name!r}")
                 _check_misses(level.get("misses"), num_layers, f"{where}, misses of {predictor}, {name}")
-    for name in data.keys() & {"low-bit", "low-rank"}:
+    for name in data.keys() & {"low-bit", "low-rank", "bound"}:
         figures = _get(data, name, dict, f"{where}, calibration")
         numbers += [figures.get(key) for key in ("recall", "perplexity_change", "margin")]
         if "misses" in figures:

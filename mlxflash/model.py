@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
+from mlxflash.bound import load_bound
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
 from mlxflash.experts import FlashExperts
@@ -81,12 +82,14 @@ def load_bundle(
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
     hold it whole, within what is available); the device's own memory on cuda. host_memory: what of the host's memory
     keeps what such a device gives up (None: nothing).
-    predictor: "low-bit", "low-rank" (trained), "all" (exact), "oracle" (needs the deciding matrices in memory; a
-    bound), or predictors of your own, one per layer. None: low-bit, or low-rank where its forecast is the shorter one.
+    predictor: "low-bit", "low-rank" (trained), "all" (exact), "bound" (exact too, and sparse), "oracle" (needs the
+    deciding matrices in memory; shows the least that is to be read), or predictors of your own, one per layer. None:
+    low-bit, or low-rank where its forecast is the shorter one.
     window: drop units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory
     is wanted).
     max_kv_size: tokens of key-value cache to plan for. fidelity: "high" (default), "balanced" or "fast", how far the
-    reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all".
+    reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all",
+    or "bound" where its forecast is the shorter one.
     margin: instead of a level, flag every unit whose estimate exceeds minus this many of its standard errors (low-bit;
     log-odds for low-rank). check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
@@ -114,9 +117,10 @@ def load_bundle(
         raise ValueError(f"fidelity {fidelity!r} is unknown: {', '.join(FIDELITIES)} are there")
     if fidelity is not None and margin is not None:
         raise ValueError("fidelity and margin contradict each other: give one")
-    if fidelity == "exact" and predictor not in (None, "all"):
+    if fidelity == "exact" and predictor not in (None, "all", "bound"):
         raise ValueError(f"fidelity 'exact' and predictor {predictor!r} contradict each other")
-    predictor = "all" if fidelity == "exact" else predictor
+    if predictor == "bound" and (margin is not None or fidelity not in (None, "exact")):
+        raise ValueError("predictor 'bound' is exact: it has neither levels of fidelity nor a margin")
     own = None if predictor is None or isinstance(predictor, str) else list(predictor)
     if own is not None and len(own) != bundle.num_layers:
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
@@ -129,6 +133,8 @@ def load_bundle(
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
     free = predictor is None and margin is None  # to choose between what the bundle has
+    if fidelity == "exact":
+        predictor = predictor or "all"
     if own is not None:
         predictor = "own"
     elif predictor is None:
@@ -136,7 +142,7 @@ def load_bundle(
     if manifest.routed:
         predictor = "router"
     levels: list[Level] = []
-    if predictor in STORED and margin is None:
+    if predictor in STORED and margin is None and fidelity != "exact":
         levels = needs(bundle, str(predictor), fidelity) if fidelity else levels_of(bundle, str(predictor), DEFAULT)
     elif fidelity not in (None, "exact"):
         raise ValueError(f"fidelity {fidelity!r} needs a stored predictor ({', '.join(STORED)}), not {predictor!r}")
@@ -147,7 +153,7 @@ def load_bundle(
     found = tensors(bundle)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
-    if look_ahead and predictor == "low-rank":
+    if look_ahead and predictor in ("low-rank", "bound"):
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
 
     def way(predictor: str, levels: list[Level]) -> Way:
@@ -184,11 +190,12 @@ def load_bundle(
         return Way(predictor, level, ahead, predicted and not plan.whole, plan, disk, expected)
 
     chosen = way(str(predictor), levels)
-    other = levels_of(bundle, "low-rank", fidelity or DEFAULT) if free and predictor == "low-bit" else []
+    rival = {"low-bit": "low-rank", "all": "bound"}.get(str(predictor), "")
+    other = levels_of(bundle, rival, fidelity or DEFAULT)
     said = ""
-    if other and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
+    if free and (other or rival == "bound") and not look_ahead and rival in bundle.predictors() and chosen.expected:
         with contextlib.suppress(BudgetError, BundleError):
-            chosen, said = faster(chosen, way("low-rank", other))
+            chosen, said = faster(chosen, way(rival, other))
     predictor, level, look_ahead, plan = chosen.predictor, chosen.level, chosen.look_ahead, chosen.plan
     disk = chosen.disk
     if chosen.predicted:
@@ -296,8 +303,10 @@ def _predictor(
         files = bundle.predictor_files(name)
         if len(files) != bundle.num_layers:
             raise BundleError(
-                f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; convert again"
+                f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; {STORED[name]}"
             )
+        if name == "bound":
+            return load_bound(bundle, index, backend, ffn, bias)
         margin = MARGIN if margin is None else margin
         if name == "low-rank":
             made = load_low_rank(files[index], backend, ffn, layer, margin)
@@ -315,7 +324,7 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, leve
     """`exact`, or `approximate` with what calibration measured."""
     if predictor == "all":
         return "exact (all resident)" if plan.whole else "exact (streaming)"
-    if predictor in ("oracle", "router"):
+    if predictor in ("oracle", "router", "bound"):
         return f"exact ({predictor})"
     if level is not None:
         return f"approximate ({level.describe()})"

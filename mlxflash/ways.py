@@ -14,7 +14,11 @@ from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, PREFILL_TOKENS, Plan, Sizes
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
 
-STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
+STORED = {  # predictors that lie in a bundle: what to do where one is missing
+    "low-bit": "convert again, or use --exact",
+    "low-rank": "`mlxflash train` makes one",
+    "bound": "`mlxflash calibrate --predictor bound` makes one",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def forecast_of(
     elif not (plan.whole or streams):
         return None
     kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
-    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8"}.get(predictor, kind)
+    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8", "bound": "8"}.get(predictor, kind)
     head = any(t.name.startswith("lm_head.") for t in found)
     idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
     ahead = manifest.calibration.get("look-ahead") if look_ahead else None

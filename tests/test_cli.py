@@ -245,6 +245,21 @@ def test_a_trained_predictor_generates(command, library, tmp_path):
     assert run.out.count("recall ") == 1
 
 
+def test_a_bound_makes_an_exact_run_sparse(command, library, tmp_path):
+    bundle, text = tmp_path / "made.flash", tmp_path / "text.txt"
+    assert command("convert", library.checkpoint(), bundle, "--calibrate", "none").code == 0
+    text.write_text("It was the best of times, it was the worst of times. " * 40, encoding="utf-8")
+    run = command("calibrate", bundle, "--text", text, "--predictor", "bound")
+    assert "predictor   bound, " in run.out
+    memory = ("--memory", "4.8MB", "--max-kv-size", "128", "--exact", "--json")
+    sparse, streamed = (
+        json.loads(command(*generate(bundle, *memory, "--predictor", name)).out) for name in ("bound", "all")
+    )
+    assert (sparse["mode"], streamed["mode"]) == ("exact (bound)", "exact (streaming)")
+    assert sparse["text"] == streamed["text"]
+    assert 0 < sparse["bytes_per_token"] < 0.2 * 2 * 256 * 512  # of all units
+
+
 def test_info_answers_without_mlx():
     code = (
         "import sys; from mlxflash.cli import main; main(['info', 'story']); main(['verify', 'story']);"
@@ -317,7 +332,9 @@ def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path
         (["verify", "nowhere"], ["nowhere", "not a bundle"]),
         (["calibrate", "nowhere"], ["nowhere", "not a bundle"]),
         (["train", "nowhere", "--text", "x"], ["nowhere", "not a bundle"]),
-        (["train", "nowhere"], ["--text"]),
+        (["train", "nowhere"], ["--text", "--import"]),
+        (["train", "nowhere", "--text", "x", "--import", "y"], ["--text", "--import"]),
+        ([*STORY, "--exact", "--predictor", "low-rank"], ["--exact", "low-rank", "contradict"]),
         (["train", "nowhere", "--text", "x", "--tokens", "0"], ["--tokens 0"]),
         ([*STORY, "--predictor", "low-rank"], ["no low-rank predictor", "mlxflash train"]),
         (["convert", "nowhere", "x"], ["nowhere", "no such directory"]),

@@ -233,6 +233,7 @@ class Backend(Protocol):
     traffic: Traffic
     carries: str  # what brings units to a discrete device, for people
     peak_bytes: int  # of MLX's memory, before the last time that the backend reset it
+    product_rounding: float  # how much products round what they multiply, relatively: 0 where they are float32's
 
     def available_memory(self) -> int | None:
         """Bytes of its own memory that a discrete device has free; None where it uses the host's or cannot say."""
@@ -287,10 +288,11 @@ class Matrix:
     biases: Any = None
     bits: int = 0
     group_size: int = 0
+    hidden: np.ndarray | None = None  # float32 [rows]: `project` adds it, and a ReLU follows before the next matrix
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
+        return sum(a.nbytes for a in (self.weight, self.scales, self.biases, self.hidden) if a is not None)
 
 
 def host_landings(ffn: FFN, plan: Plan) -> tuple[Staging, Staging]:

@@ -35,6 +35,7 @@ class CPUBackend:
     leaves_out_free = True
     carries = ""
     peak_bytes = 0
+    product_rounding = 0.0
 
     def __init__(self) -> None:
         self.traffic = Traffic()
@@ -79,7 +80,9 @@ class CPUBackend:
         def product() -> np.ndarray:
             y = _host(x)
             for weight in weights:
-                y = multiply(y, weight)
+                y = multiply(y, weight, weight.hidden)
+                if weight.hidden is not None:
+                    np.maximum(y, 0, out=y)
             return y
 
         return product

@@ -81,9 +81,7 @@ class DeviceBackend(MLXBackend):
 
     def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
         """As every backend's; what was asked for before the first answer is wanted is waited for together."""
-        for weight in weights:
-            x = self.multiply(x, weight)
-        y = x.astype(mx.float32)
+        y = self.chain(x, weights)
         done, values = (y, lambda: np.asarray(y)) if self.bus is None else self.bus.result(y)
         mx.async_eval(done)
         self._asked.append(done)

@@ -87,6 +87,7 @@ class MLXBackend:
     def __init__(self, device: Any, record_rows: bool | None = None, alias: bool | None = None):
         self.traffic = Traffic()
         self.peak_bytes = 0
+        self.product_rounding = 0.0 if device == mx.cpu else 2.0**-11  # GPUs may take float32 as TF32
         self.name = "metal" if device == mx.gpu else "mlx-cpu"
         self._device = device
         self._record_rows = device == mx.gpu if record_rows is None else record_rows
@@ -134,10 +135,16 @@ class MLXBackend:
             x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
         )  # fmt: skip
 
-    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+    def chain(self, x: mx.array, weights: tuple[Matrix, ...]) -> mx.array:
+        """What `project` hands over, float32."""
         for weight in weights:
             x = self.multiply(x, weight)
-        y = x.astype(mx.float32)
+            if weight.hidden is not None:
+                x = mx.maximum(x + mx.array(weight.hidden), 0)
+        return x.astype(mx.float32)
+
+    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+        y = self.chain(x, weights)
         mx.async_eval(y)
         return lambda: np.asarray(y)
 

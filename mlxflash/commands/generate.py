@@ -30,7 +30,10 @@ def add(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--window", type=int, default=None, help="drop units that the last K tokens did not use")
     p.add_argument(
-        "--predictor", default=None, choices=["low-bit", "low-rank", "oracle", "all"], help="which units a token needs"
+        "--predictor",
+        default=None,
+        choices=["low-bit", "low-rank", "bound", "oracle", "all"],
+        help="which units a token needs",
     )
     p.add_argument(
         "--look-ahead",
@@ -41,7 +44,7 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--fidelity", default=None, choices=FIDELITIES, help="how many active units are not worth a read (high)"
     )
-    p.add_argument("--exact", action="store_true", help="compute every unit: the same as --fidelity exact")
+    p.add_argument("--exact", action="store_true", help="leave out nothing that counts: as --fidelity exact")
     p.add_argument("--device", default=None, help="cuda, metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
     p.add_argument("--dtype", default=None, help="when the model is converted first, as for convert")
@@ -54,7 +57,7 @@ def add(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from mlxflash.hub import find_bundle
 
-    if args.exact and args.predictor not in (None, "all"):
+    if args.exact and args.predictor not in (None, "all", "bound"):
         raise ValueError(f"--exact and --predictor {args.predictor} contradict each other")
     if args.exact and args.fidelity not in (None, "exact"):
         raise ValueError(f"--exact and --fidelity {args.fidelity} contradict each other")

@@ -37,7 +37,9 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", type=Path)
     p.add_argument("--text", default=None, metavar="FILE", help="text to measure on (the model's own)")
     p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
-    p.add_argument("--predictor", default="low-bit", choices=["low-bit", "low-rank"], help="which one (low-bit)")
+    p.add_argument(
+        "--predictor", default="low-bit", choices=["low-bit", "low-rank", "bound"], help="which one (low-bit)"
+    )
     p.add_argument(
         "--levels",
         action=argparse.BooleanOptionalAction,
@@ -51,7 +53,15 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
 
 def add_train(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", type=Path)
-    p.add_argument("--text", required=True, metavar="FILE", help="text to train on")
+    p.add_argument("--text", default=None, metavar="FILE", help="text to train on")
+    p.add_argument(
+        "--import",
+        dest="ready",
+        default=None,
+        type=Path,
+        metavar="FOLDER",
+        help="instead of training, take one that is trained: PowerInfer's files, model_0.pt and so on",
+    )
     p.add_argument("--tokens", type=int, default=50_000, help="tokens to train on, from all over the text (50000)")
     p.add_argument("--memory", default=None, help="as for generate, while the model's own inputs are recorded")
     p.add_argument("--device", default=None, help="as for generate")
@@ -126,7 +136,16 @@ def run_train(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     _check_tokens(args)
+    if (args.text is None) == (args.ready is None):
+        raise ValueError("train takes a text to train on (--text FILE) or a trained predictor (--import FOLDER)")
     bundle = open_bundle(args.bundle, "train")
+    if args.ready is not None:
+        from mlxflash.imported import import_predictor
+
+        with Progress() as progress:
+            bundle = import_predictor(bundle, args.ready, lambda done, total: progress("layers", done, total))
+        print(describe(bundle))
+        return
     words = read_words(args.text)
     tokenizer = load_tokenizer(bundle.path)
     length = min(512, max_positions(bundle.config()))
