@@ -104,9 +104,10 @@ class Work:
     kind: str  # of the resident matrices and the rows
     predictor_kind: str
     slot: int
-    stride: int
+    stride: int  # read for one missed unit
     kv: int  # key-value cache read per token
     misses: tuple[float, ...]  # units per token, per layer
+    used: tuple[float, ...] | None = None  # of the units held those that are computed, per layer; None: all
     recall: float = 0.0  # of the look-ahead: the share of the misses that is asked for a layer early
     over: float = 0.0  # units it asks for beside those it should, as a share of the misses
 
@@ -140,8 +141,8 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
     seconds = compute = TOKEN_STEPS * machine.step
     reads = 0.0
     cores = os.cpu_count() or 1
-    for held, missed in zip(plan.capacities, work.misses, strict=True):
-        rows, new = held * work.slot / rate, missed * work.slot / rate
+    for held, missed, used in zip(plan.capacities, work.misses, work.used or plan.capacities, strict=True):
+        rows, new = min(held, used) * work.slot / rate, missed * work.slot / rate
         late = early = late_cpu = early_cpu = 0.0
         if disk is not None:
             on_time, ahead = missed * (1 - work.recall), missed * (work.recall + work.over)

@@ -48,7 +48,8 @@ from mlxflash.pool import Source
 from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
-from mlxflash.ways import STORED, Way, faster, forecast_of, sizes_of
+from mlxflash.sketch import Sketch, read_sketch
+from mlxflash.ways import STORED, Way, fastest, forecast_of, missed, sizes_of
 from mlxflash.window import Window
 
 PREDICTORS = ("all", "oracle", *STORED)
@@ -121,7 +122,9 @@ def load_bundle(
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
     if mixture and (look_ahead or own is not None):
         raise ValueError(f"{where}: a mixture's own router says which experts a token needs; it is exact")
-    if own is None and predictor not in (None, "all"):
+    if predictor == "sketch":
+        bundle.require_neurons()
+    elif own is None and predictor not in (None, "all"):
         bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
@@ -144,15 +147,20 @@ def load_bundle(
     found = tensors(bundle)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
-    if look_ahead and predictor == "low-rank":
+    if look_ahead and predictor in ("low-rank", "sketch"):
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
 
     def way(predictor: str, level: Level | None) -> Way:
+        if predictor == "sketch":
+            with contextlib.suppress(BudgetError):
+                if (whole := way("all", None)).plan.whole:  # what holds everything has no use for a sketch
+                    return whole
         ahead = look_ahead
         if ahead is None:
             ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
         more = sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
-        sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
+        kept = ffn.sketched() if predictor == "sketch" else ffn
+        sizes = sizes_of(bundle, config, found, backend, kept, predictor, own_bytes + more, level)
         tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
         plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
         layers = [bundle.layer_path(i) for i in range(bundle.num_layers)]
@@ -162,14 +170,17 @@ def load_bundle(
             without = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, False)
             if without is not None and without.seconds < expected.seconds:
                 ahead, expected = False, without
-        return Way(predictor, level, ahead, plan, disk, expected)
+        misses = missed(plan, sizes)
+        reads = None if misses is None else sum(misses) * (sizes.extent or sizes.stride)
+        return Way(predictor, level, ahead, plan, disk, expected, reads)
 
-    chosen = way(str(predictor), level)
-    other = level_of(bundle, "low-rank", fidelity or DEFAULT) if free and predictor == "low-bit" else None
-    said = ""
-    if other is not None and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
-        with contextlib.suppress(BudgetError):
-            chosen, said = faster(chosen, way("low-rank", other))
+    ways = [way(str(predictor), level)]
+    for name in ("low-rank", "sketch") if free and predictor == "low-bit" and not look_ahead else ():
+        other = level_of(bundle, name, fidelity or DEFAULT)
+        if other is not None and other.met and name in bundle.predictors():
+            with contextlib.suppress(BudgetError):
+                ways.append(way(name, other))
+    chosen, said = fastest(ways)
     predictor, level, look_ahead, plan = chosen.predictor, chosen.level, chosen.look_ahead, chosen.plan
     disk = chosen.disk
     mx.set_cache_limit(plan.cache)
@@ -178,6 +189,9 @@ def load_bundle(
     if len(streamed) != bundle.num_layers:
         raise BundleError(f"{where}: made of {bundle.num_layers} layers, config.json describes {len(streamed)}")
     name = "all" if plan.whole else str(predictor)
+    if check_reads and name == "sketch":
+        raise ValueError("--check-reads compares whole records, and a sketch reads a part of each; use --exact")
+    kept = ffn.sketched() if name == "sketch" else ffn
     cuts = read_cuts(bundle, name, level.multiplier) if level is not None and name in STORED else None
     mode = _mode(bundle, name, plan, margin, level)
     reader: Any = make_reader(direct=direct)
@@ -188,17 +202,17 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        staging, *others = flash.stagings = backend.landings(ffn, plan)
+        staging, *others = flash.stagings = backend.landings(kept, plan)
         blocks = None
         if not plan.whole:
-            pair = [backend.rows(ffn, plan.block_units, other) for other in others]
+            pair = [backend.rows(kept, plan.block_units, other) for other in others]
             apart = 0 if mixture else (disk.gap_bytes() if disk else DEFAULT_GAP_BYTES) // manifest.record.stride
             blocks = Blocks((pair[0], pair[1]), apart)
         for i, (entry, owner) in enumerate(zip(manifest.layers, streamed, strict=True)):
             file = File(bundle.layer_path(i), direct)
             flash.files.append(file)
             source = Source(file, resident[i])
-            rows = backend.rows(ffn, plan.capacities[i], staging)
+            rows = backend.rows(kept, plan.capacities[i], staging)
             layer = FlashLayer(
                 units=entry.units,
                 source=source,
@@ -213,6 +227,7 @@ def load_bundle(
                 down_bias=flash_bias(resident[i], backend, bundle),
                 times=flash.times,
                 stride=manifest.record.stride,
+                extent=kept.record.stride,
                 disk=disk,
             )
             if name == "all":
@@ -274,6 +289,13 @@ def _predictor(
             raise BundleError(
                 f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; convert again"
             )
+        if name == "sketch":
+            return Sketch(
+                backend,
+                ffn,
+                read_sketch(files[index], ffn, layer),
+                np.zeros(layer.units, np.float32) if cut is None else cut[1],
+            )
         margin = MARGIN if margin is None else margin
         if name == "low-rank":
             made = load_low_rank(files[index], backend, ffn, layer, margin)
@@ -297,6 +319,8 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, leve
         less = sum(plan.capacities) / sum(plan.units) < level.held - 0.01
         return f"approximate ({level.describe()}{f', measured with {level.held:.0%} held' if less else ''})"
     said = bundle.manifest.calibration.get(predictor)
+    if said and predictor == "sketch":
+        return f"approximate (sketch: perplexity {np.expm1(said['kl']):+.2%})"
     if not said or (MARGIN if margin is None else margin) != said["margin"]:
         return "approximate (not measured)"
     return f"approximate (recall {said['recall']:.1%}, perplexity {said['perplexity_change']:+.2%})"

@@ -17,11 +17,16 @@ from mlxflash.plan import (
     MIN_SLOTS,
     Plan,
     Sizes,
+    format_bytes,
 )
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
 
-STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
+STORED = {  # what to do where it is missing
+    "low-bit": "convert again, or use --exact",
+    "low-rank": "`mlxflash train` makes one",
+    "sketch": "`mlxflash calibrate --predictor sketch` makes one",
+}
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,25 @@ class Way:
     plan: Plan
     disk: DiskProfile | None
     expected: Forecast | None
+    reads: float | None = None  # bytes per token, by miss curves; None: not measured
 
 
-def faster(one: Way, other: Way) -> tuple[Way, str]:
-    """Of two ways the one with the shorter forecast, and why, for people; the first where nothing tells them apart."""
-    if one.expected is None or other.expected is None or one.plan.whole:
-        return one, ""
-    ways = sorted((one, other), key=lambda w: w.expected.seconds if w.expected else 0.0)
-    words = [f"{w.predictor} {1e3 * w.expected.seconds:.1f} ms" for w in ways if w.expected]
-    return ways[0], f"  predictor: {words[0]} per token, {words[1]}"
+def fastest(ways: list[Way]) -> tuple[Way, str]:
+    """The way with the shortest forecast, or where there are none (reads may be cached) with the fewest bytes to read,
+    and why, for people; the first where nothing tells them apart."""
+    if len(ways) == 1 or ways[0].plan.whole:
+        return ways[0], ""
+    if all(way.expected is not None for way in ways):
+        cost = {id(way): way.expected.seconds if way.expected else 0.0 for way in ways}
+        said = {id(way): f"{way.predictor} {1e3 * cost[id(way)]:.1f} ms" for way in ways}
+    elif all(way.reads is not None for way in ways):
+        cost = {id(way): way.reads or 0.0 for way in ways}
+        said = {id(way): f"{way.predictor} {format_bytes(cost[id(way)])}" for way in ways}
+    else:
+        return ways[0], ""
+    ways = sorted(ways, key=lambda way: cost[id(way)])
+    words = [said[id(way)] for way in ways]
+    return ways[0], f"  predictor: {words[0]} per token, {', '.join(words[1:])}"
 
 
 def forecast_of(
@@ -59,11 +74,9 @@ def forecast_of(
     manifest = bundle.manifest
     if manifest.layout == "experts" or (not plan.whole and (disk is None or sizes.curves is None)):
         return None
-    misses = (0.0,) * len(plan.units)
-    if not plan.whole and sizes.curves is not None:
-        misses = tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
+    misses = missed(plan, sizes) or (0.0,) * len(plan.units)
     kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
-    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8"}.get(predictor, kind)
+    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8", "sketch": str(LOW_BITS)}.get(predictor, kind)
     head = any(t.name.startswith("lm_head.") for t in found)
     idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
     ahead = manifest.calibration.get("look-ahead") if look_ahead else None
@@ -73,13 +86,21 @@ def forecast_of(
         kind=kind,
         predictor_kind=guessed,
         slot=sizes.slot,
-        stride=sizes.stride,
+        stride=sizes.extent or sizes.stride,
         kv=plan.kv // 2,  # of a context that fills
         misses=misses,
+        used=tuple(c.misses[0] for c in sizes.curves) if sizes.partial and sizes.curves else None,
         recall=recall,
         over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
     )
     return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32"}), disk)
+
+
+def missed(plan: Plan, sizes: Sizes) -> tuple[float, ...] | None:
+    """Units that each layer misses per token; None where nobody measured it."""
+    if plan.whole or sizes.curves is None:
+        return None
+    return tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
 
 
 def curves_of(manifest: Manifest, predictor: str, level: Level | None) -> tuple[MissCurve, ...] | None:
@@ -123,6 +144,9 @@ def sizes_of(
     if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
         chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
         least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
+    activations = 16 * manifest.d_model * item
+    if ffn.layout == "down":  # a sketch's, of all units at once
+        activations += 3 * 4 * max(units)
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident,
@@ -132,12 +156,14 @@ def sizes_of(
         curves=curves_of(manifest, predictor, level),
         slot=backend.slot_bytes(ffn),
         stride=manifest.record.stride,
+        extent=ffn.record.stride,
         kv_token=kv_values_per_token(config) * item,
-        activation_token=16 * manifest.d_model * item,
+        activation_token=activations,
         score_token=2 * int(config["num_attention_heads"]) * 4,
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
         staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+        partial=ffn.layout == "down",
         discrete=backend.discrete,
         least_slots=least,
         expert_token=token,

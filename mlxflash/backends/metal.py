@@ -108,7 +108,13 @@ class MLXBackend:
         if ffn.layout == "experts":
             compute = mx.float32 if self._device == mx.cpu else None
             return MLXExperts(ffn, capacity, staging, shared_array if self._alias else None, compute)
-        return MLXRows(ffn, capacity, staging, self._record_rows and not ffn.bits, self._alias)
+        return MLXRows(ffn, capacity, staging, self._record_rows and not ffn.bits, self._alias, self.hidden_dtype(ffn))
+
+    def hidden_dtype(self, ffn: FFN) -> mx.Dtype:
+        """Of activations that come from the host."""
+        if ffn.bits and self._device == mx.cpu:
+            return mx.float32
+        return DTYPES[ffn.record["down_scales" if ffn.bits else "down"].dtype]
 
     def slot_bytes(self, ffn: FFN) -> int:
         if ffn.layout == "experts":
@@ -149,9 +155,9 @@ class MLXRows:
 
     leaves_out_free = False
 
-    def __init__(self, ffn: FFN, capacity: int, staging: Staging, record_rows: bool, alias: bool):
+    def __init__(self, ffn: FFN, capacity: int, staging: Staging, record_rows: bool, alias: bool, dtype: mx.Dtype):
         self.capacity = capacity
-        self._ffn, self._alias = ffn, alias
+        self._ffn, self._alias, self._dtype = ffn, alias, dtype
         self._pending: mx.array | None = None
         self._arrays: dict[str, mx.array] = {}
         self._host: dict[str, tuple[memoryview, mx.Dtype, tuple[int, ...]]] = {}
@@ -236,12 +242,16 @@ class MLXRows:
         return y + self._rows(f"{name}_bias", n).astype(x.dtype) if f"{name}_bias" in self._resident else y
 
     def ffn(
-        self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
+        self, x: mx.array | np.ndarray, n: int, keep: np.ndarray | None = None, watch: int = 0
     ) -> tuple[mx.array, np.ndarray | None]:
         if n == 0:  # the quantised kernels of MLX's CPU device die of zero rows
-            return mx.zeros_like(x), np.zeros((watch, 0), bool) if watch else None
-        first = self._biased(x, self._ffn.first, n)
-        h = activate(self._ffn, first, self._biased(x, "up", n) if self._ffn.layout == "gated" else None)
+            y = mx.zeros((len(x), self._ffn.d_model), self._dtype if isinstance(x, np.ndarray) else x.dtype)
+            return y, np.zeros((watch, 0), bool) if watch else None
+        if isinstance(x, np.ndarray):
+            h = x = mx.array(x).astype(self._dtype)
+        else:
+            first = self._biased(x, self._ffn.first, n)
+            h = activate(self._ffn, first, self._biased(x, "up", n) if self._ffn.layout == "gated" else None)
         if keep is not None:
             h = mx.where(mx.array(keep), h, mx.zeros((), h.dtype))
         y = self._product(h, "down", n, False).astype(x.dtype)

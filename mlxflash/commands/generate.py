@@ -28,7 +28,10 @@ def add(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--window", type=int, default=None, help="drop units that the last K tokens did not use")
     p.add_argument(
-        "--predictor", default=None, choices=["low-bit", "low-rank", "oracle", "all"], help="which units a token needs"
+        "--predictor",
+        default=None,
+        choices=["low-bit", "low-rank", "sketch", "oracle", "all"],
+        help="which units a token needs",
     )
     p.add_argument(
         "--look-ahead",

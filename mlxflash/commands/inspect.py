@@ -125,7 +125,9 @@ def _levels(bundle: Bundle, predictor: str) -> list[str]:
     found = bundle.manifest.calibration.get("fidelity", {}).get(predictor)
     if not found:
         return []
-    size = sum(layer.units for layer in bundle.manifest.layers) * bundle.manifest.record.num_bytes
+    record = bundle.manifest.record
+    read = record.only("down", "down_scales", "down_biases") if predictor == "sketch" else record
+    size = sum(layer.units for layer in bundle.manifest.layers) * read.num_bytes
     lines = []
     for name, level in found["levels"].items():
         reached = "" if level["met"] else ", as near as the predictor comes"
@@ -140,6 +142,8 @@ def _levels(bundle: Bundle, predictor: str) -> list[str]:
 def _said(said: dict[str, Any] | None) -> str:
     if not said:
         return "not measured; `mlxflash calibrate` does"
+    if "bits" in said:
+        return f"{', '.join(map(str, said['bits']))} bits by layer, perplexity {math.expm1(said['kl']):+.2%}"
     text = f"recall {said['recall']:.1%}, {said['flagged']:.1%} of units flagged ({said['active']:.1%} active)"
     if "perplexity_change" in said:
         text += f", perplexity {said['perplexity_change']:+.2%} ({said['tokens']} tokens of {said['text']})"
