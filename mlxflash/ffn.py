@@ -138,6 +138,7 @@ class FlashLayer:
     times: Times
     stride: int  # bytes from record to record on disk
     extent: int  # bytes that one unit reads there
+    sketch: Sketch | None = None  # the predictor, where its activations are computed with
     disk: DiskProfile | None = None  # None: not measured
     next: "FlashLayer | None" = None
     after: "FlashLayer | None" = None  # the layer that streams next, when this one streamed
@@ -172,17 +173,17 @@ class FlashFFN(nn.Module):
     def _held(self, x: mx.array) -> mx.array:
         """Everything is here."""
         layer = self._layer
-        if isinstance(layer.predictor, Sketch):
-            layer.predictor.start(x)()
+        if layer.sketch is not None:
+            layer.sketch.start(x)()
         return self._rows(layer.rows, x, layer.window.unit_at)[0]
 
     def _rows(
         self, rows: Rows, x: mx.array, units: np.ndarray, keep: np.ndarray | None = None, watch: int = 0
     ) -> tuple[mx.array, np.ndarray | None]:
         """rows.ffn of the first rows, which are `units`; with the activations that a sketch gave for x."""
-        guess = self._layer.predictor
-        if isinstance(guess, Sketch):
-            return rows.ffn(np.take(guess.hidden, units, axis=1), len(units), keep, watch)
+        sketch = self._layer.sketch
+        if sketch is not None:
+            return rows.ffn(np.take(sketch.hidden, units, axis=1), len(units), keep, watch)
         return rows.ffn(x, len(units), keep, watch)
 
     def _sparse(self, x: mx.array) -> mx.array:
@@ -255,8 +256,8 @@ class FlashFFN(nn.Module):
         seeds = min(SEED_TOKENS, len(x)) if layer.predictor is not None else 0
         first += len(x) - seeds
         held = window.slot_of >= 0
-        if isinstance(layer.predictor, Sketch):
-            layer.predictor.start(x)()
+        if layer.sketch is not None:
+            layer.sketch.start(x)()
         blocks.start(layer, held, layer.predictor is None or len(x) > FEW_TOKENS)
         y, active = self._rows(layer.rows, x, window.unit_at[: window.num_rows], watch=seeds)
         y = y.astype(mx.float32)

@@ -230,6 +230,8 @@ def load_bundle(
                 extent=kept.record.stride,
                 disk=disk,
             )
+            if isinstance(layer.predictor, Sketch):
+                layer.sketch = layer.predictor
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
                 rows.settle()  # what is on its way to a device goes there now

@@ -43,8 +43,9 @@ class Way:
 
 
 def fastest(ways: list[Way]) -> tuple[Way, str]:
-    """The way with the shortest forecast, or where there are none (reads may be cached) with the fewest bytes to read,
-    and why, for people; the first where nothing tells them apart."""
+    """Of the ways whose cost in fidelity is known, or else of all: the one with the shortest forecast, or where there
+    are none (reads may be cached) with the fewest bytes to read, and why, for people."""
+    ways = [way for way in ways if way.level is not None] or ways
     if len(ways) == 1 or ways[0].plan.whole:
         return ways[0], ""
     if all(way.expected is not None for way in ways):
