@@ -62,10 +62,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Record:
-    """The bytes of one unit: its streamed parts back to back, padded to `stride`."""
+    """The bytes of one unit: its streamed parts back to back, padded to `stride`.
+
+    Of a part of every record (`only`), `stride` is what is read of it, `start` where that begins in the record on disk,
+    and `pitch` how far records lie apart there (0: as far as they are long).
+    """
 
     parts: tuple[Part, ...]
     stride: int
+    start: int = 0
+    pitch: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -78,9 +84,23 @@ class Record:
         return any(p.name == name for p in self.parts)
 
     @property
+    def step(self) -> int:
+        """Bytes from record to record on disk."""
+        return self.pitch or self.stride
+
+    @property
     def aligned(self) -> bool:
         """True when every record starts and ends on a block, so that direct reads need no staging."""
-        return self.stride % BLOCK_BYTES == 0
+        return not any(size % BLOCK_BYTES for size in (self.stride, self.start, self.pitch))
+
+    def only(self, *names: str) -> "Record":
+        """The record as if these of its streamed parts, neighbours, were all of it."""
+        kept = [p for p in self.parts if p.name in names]
+        start = min(p.offset for p in kept if p.offset is not None)
+        parts = tuple(Part(p.name, p.dtype, p.shape, p.offset - start) for p in kept if p.offset is not None)
+        size = sum(p.num_bytes for p in parts)
+        whole = not any(each % BLOCK_BYTES for each in (start, size, self.stride))
+        return Record(parts, size if whole else -(-size // 16) * 16, start, self.stride)
 
 
 def make_record(parts: list[Part]) -> Record:
@@ -216,8 +236,8 @@ class Bundle:
     def resident_bytes(self) -> int:
         return sum(f.stat().st_size for f in self.resident_files())
 
-    def require_sparse(self) -> None:
-        """Raises BundleError where units are never zero, so that predicting which are would be wrong."""
+    def require_neurons(self) -> None:
+        """Raises BundleError where units are not single neurons."""
         if self.manifest.layout == "experts":
             raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; it is exact")
         if self.manifest.routed:
@@ -227,6 +247,10 @@ class Bundle:
                 f"{self.path}: made of a quantised checkpoint, whose neurons share scales and are read in blocks, "
                 "of which none can be left out; it runs exactly, by streaming (--exact)"
             )
+
+    def require_sparse(self) -> None:
+        """Raises BundleError where units are never zero, so that predicting which are would be wrong."""
+        self.require_neurons()
         if not self.manifest.sparse:
             raise BundleError(
                 f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "
@@ -452,6 +476,10 @@ def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> Non
         numbers += [figures[key] for key in ("ppl_change", "ppl_change_se") if key in figures]
         for key in ("dtype", "text"):
             _get(figures, key, str, f"{where}, rounding")
+    if "sketch" in data:
+        figures = _get(data, "sketch", dict, f"{where}, calibration")
+        numbers.append(figures.get("kl"))
+        _check_misses(figures.get("misses"), num_layers, f"{where}, misses of sketch")
     for number in numbers:
         if not (_is_int(number) or isinstance(number, float)) or not math.isfinite(number):
             raise BundleError(f"{where}: {number!r} in its calibration is not a number; calibrate again")

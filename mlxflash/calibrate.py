@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflash.backends import FFN, Matrix, make_backend
+from mlxflash.backends import FFN, Backend, Matrix, make_backend
 from mlxflash.bound import make_bound
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
@@ -23,12 +23,13 @@ from mlxflash.evaluate import LEAST_TOKENS, check_length, decode_losses, perplex
 from mlxflash.fidelity import save_cuts
 from mlxflash.flash import FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
-from mlxflash.misses import SHARES, miss_curve
+from mlxflash.misses import SHARES, MissCurve, miss_curve
 from mlxflash.model import load_bundle
 from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, read_low_rank, save_low_bit
 from mlxflash.resident import one_part
-from mlxflash.thinning import find_levels
+from mlxflash.sketch import Answer, answer, save_sketch
+from mlxflash.thinning import Guess, draw_sketches, find_levels
 from mlxflash.ways import STORED
 
 OWN_SEQUENCES = 8
@@ -75,12 +76,17 @@ def calibrate(
     fidelity too, which takes some fifty passes over half of the text. Returns the bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
-    bundle.require_sparse()
-    if predictor not in ("bound", *bundle.predictors()):
+    if predictor == "sketch":
+        bundle.require_neurons()
+    else:
+        bundle.require_sparse()
+    if predictor not in ("bound", "sketch", *bundle.predictors()):
         raise BundleError(f"{bundle.path}: has no {predictor} predictor to calibrate; {STORED[predictor]}")
     if tokens is not None:
         check_length(tokens)
     source = "text" if tokens is not None else "the model's own text"
+    if predictor == "sketch":
+        return _draw(bundle, tokens, num_tokens, memory, device, progress, source)
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
         sequences = sequences_of(model, tokens, num_tokens, progress)
         recorders = record_inputs(model)
@@ -145,27 +151,76 @@ def calibrate(
     result["fidelity"] = {name: said for name, said in fidelity.items() if name != predictor}  # errors were set anew
     if levels and predictor != "bound":
         with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
-            parts = _comparable(bundle, predictor)
-            cuts, found = find_levels(
-                bundle, model, parts, inputs, sequences, tuple(curves), device=device, progress=progress
-            )
+            guesses = _guesses(bundle, predictor, make_backend(device))
+            cuts, found = find_levels(bundle, model, guesses, inputs, sequences, tuple(curves), progress=progress)
         save_cuts(bundle.path, predictor, cuts)
         result["fidelity"][predictor] = found | {"text": source}
     write_manifest(bundle.path, replace(bundle.manifest, calibration=bundle.manifest.calibration | result))
     return Bundle.open(bundle.path)
 
 
-def _comparable(bundle: Bundle, predictor: str) -> list[tuple[tuple[Matrix, ...], np.ndarray | None]]:
+def _draw(
+    bundle: Bundle,
+    tokens: np.ndarray | None,
+    num_tokens: int,
+    memory: str | int | None,
+    device: str | None,
+    progress: Progress,
+    source: str,
+) -> Bundle:
+    """Make and measure sketches: as calibrate."""
+    backend, ffn = make_backend(device), FFN.of(bundle.manifest)
+    folder = bundle.path / "predictors" / "sketch"
+    with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
+        sequences = sequences_of(model, tokens, num_tokens, progress)
+        recorders = record_inputs(model)
+        for i, sequence in enumerate(sequences):
+            progress("exact pass", i, len(sequences))
+            mx.eval(model(mx.array(sequence[None, :-1])))
+        progress("exact pass", len(sequences), len(sequences))
+        inputs = [recorder.inputs() for recorder in recorders]
+        for index, x in enumerate(inputs):
+            if not np.isfinite(x).all():
+                raise ValueError(f"{bundle.path}: layer {index} is given NaN or infinity on the calibration text")
+        sketches, kl = draw_sketches(bundle, model, inputs, sequences, device, progress)
+        guesses, curves = list[Guess](), list[MissCurve]()
+        for products, x in zip(sketches, inputs, strict=True):
+            answers = answer(backend, ffn, products)
+            guesses.append(Guess.of_sketch(answers, len(products[0][1])))
+            curves.append(miss_curve(answers(x) != 0))
+        cuts, found = find_levels(bundle, model, guesses, inputs, sequences, tuple(curves), progress=progress)
+    for index, products in enumerate(sketches):
+        save_sketch(folder / f"{index:03d}.safetensors", ffn, products)
+    save_cuts(bundle.path, "sketch", cuts)
+    said = bundle.manifest.calibration
+    result: dict[str, Any] = {
+        "sketch": {
+            "bits": [products[0][0].bits for products in sketches],
+            "kl": kl,
+            "text": source,
+            "misses": {"shares": SHARES, "layers": [c.misses for c in curves]},
+        },
+        "fidelity": said.get("fidelity", {}) | {"sketch": found | {"text": source}},
+    }
+    write_manifest(bundle.path, replace(bundle.manifest, calibration=said | result))
+    return Bundle.open(bundle.path)
+
+
+def _guesses(bundle: Bundle, predictor: str, backend: Backend) -> list[Guess]:
     """Each layer's predictor as find_levels takes it."""
-    ffn, out = FFN.of(bundle.manifest), list[tuple[tuple[Matrix, ...], np.ndarray | None]]()
+
+    def score(*matrices: Matrix) -> Answer:
+        return lambda x: backend.project(mx.array(x), *matrices)()
+
+    ffn, out = FFN.of(bundle.manifest), list[Guess]()
     for index, (file, layer) in enumerate(zip(bundle.predictor_files(predictor), bundle.manifest.layers, strict=True)):
         if predictor == "low-rank":
             inner, outer, _ = read_low_rank(file, ffn, layer)
-            out.append(((inner, outer), None))
+            out.append(Guess(score(inner, outer)))
         else:
             matrix, shift, _ = read_low_bit(file, ffn, layer)
             bias = one_part(bundle, index, f"{ffn.first}_bias", layer.units)
-            out.append(((matrix,), shift - ffn.offset(bias, layer.units)))
+            out.append(Guess(score(matrix), shift - ffn.offset(bias, layer.units)))
     return out
 
 

@@ -20,6 +20,7 @@ from mlxflash.diskprofile import DiskProfile
 from mlxflash.pool import Landing, Source
 from mlxflash.predictor import Predictor
 from mlxflash.reader import Reader
+from mlxflash.sketch import Sketch
 from mlxflash.window import Ticket, Window
 
 FEW_TOKENS = 64  # up to so many, the union of what they need may be less than everything
@@ -136,6 +137,8 @@ class FlashLayer:
     down_bias: mx.array | None
     times: Times
     stride: int  # bytes from record to record on disk
+    extent: int  # bytes that one unit reads there
+    sketch: Sketch | None = None  # the predictor, where its activations are computed with
     disk: DiskProfile | None = None  # None: not measured
     next: "FlashLayer | None" = None
     after: "FlashLayer | None" = None  # the layer that streams next, when this one streamed
@@ -160,12 +163,28 @@ class FlashFFN(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         sparse = layer.predictor is not None and len(tokens) <= FEW_TOKENS
         if layer.window.num_rows == layer.units and layer.ticket is None and not (sparse and layer.predicted):
-            y, _ = layer.rows.ffn(tokens, layer.units)
+            y = self._held(tokens)
         else:
             y = self._sparse(tokens) if sparse else self._stream(tokens)
         if layer.down_bias is not None:
             y = y + layer.down_bias
-        return y.reshape(x.shape)
+        return y.astype(x.dtype).reshape(x.shape)
+
+    def _held(self, x: mx.array) -> mx.array:
+        """Everything is here."""
+        layer = self._layer
+        if layer.sketch is not None:
+            layer.sketch.start(x)()
+        return self._rows(layer.rows, x, layer.window.unit_at)[0]
+
+    def _rows(
+        self, rows: Rows, x: mx.array, units: np.ndarray, keep: np.ndarray | None = None, watch: int = 0
+    ) -> tuple[mx.array, np.ndarray | None]:
+        """rows.ffn of the first rows, which are `units`; with the activations that a sketch gave for x."""
+        sketch = self._layer.sketch
+        if sketch is not None:
+            return rows.ffn(np.take(sketch.hidden, units, axis=1), len(units), keep, watch)
+        return rows.ffn(x, len(units), keep, watch)
 
     def _sparse(self, x: mx.array) -> mx.array:
         layer, times = self._layer, self._layer.times
@@ -199,24 +218,27 @@ class FlashFFN(nn.Module):
         times.flash += asked
         times.manage -= asked
         y, arriving = None, None
+        unit_at = layer.window.unit_at
         if layer.rows.leaves_out_free:  # rows that are here are computed while the others are on their way
             arriving = layer.window.arriving(ticket)
             if not arriving.all():
-                y, _ = layer.rows.ffn(x, len(arriving), self._computed(ids, ~arriving))
+                y, _ = self._rows(layer.rows, x, unit_at[: len(arriving)], self._computed(ids, ~arriving))
         t2 = clock()
         n = layer.window.ready(ticket)
         times.flash += clock() - t2
         layer.num_decoded += len(x)
         if y is None:
-            y, _ = layer.rows.ffn(x, n, self._computed(ids, np.ones(n, bool)) if layer.predicted else None)
+            y, _ = self._rows(
+                layer.rows, x, unit_at[:n], self._computed(ids, np.ones(n, bool)) if layer.predicted else None
+            )
         elif arriving is not None and arriving.any():
-            y = y + layer.rows.ffn(x, n, self._computed(ids, arriving))[0]
+            y = y + self._rows(layer.rows, x, unit_at[:n], self._computed(ids, arriving))[0]
         while len(ticket.left):  # the pool is smaller than this token: the rest replaces some of what is computed
             mx.eval(y)
             t2 = clock()
             new = layer.window.next(ticket)
             times.flash += clock() - t2
-            y = y + layer.rows.ffn(x, n, None if new.all() else new)[0]
+            y = y + self._rows(layer.rows, x, unit_at[:n], None if new.all() else new)[0]
         return y
 
     def _computed(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -235,7 +257,7 @@ class FlashFFN(nn.Module):
         absent = layer.units - layer.window.num_rows
         if layer.disk is None:
             return missing * UNKNOWN_DISK_PENALTY > absent
-        return layer.disk.batch(stride, missing) > layer.disk.sequential(absent * stride)
+        return layer.disk.batch(layer.extent, missing) > layer.disk.sequential(absent * stride)
 
     def _stream(self, x: mx.array) -> mx.array:
         """Exact for any x: rows held, then all others in blocks; the last tokens' active units enter the window."""
@@ -245,15 +267,17 @@ class FlashFFN(nn.Module):
         seeds = min(SEED_TOKENS, len(x)) if layer.predictor is not None else 0
         first += len(x) - seeds
         held = window.slot_of >= 0
+        if layer.sketch is not None:
+            layer.sketch.start(x)()
         blocks.start(layer, held, layer.predictor is None or len(x) > FEW_TOKENS)
-        y, active = layer.rows.ffn(x, window.num_rows, watch=seeds)
+        y, active = self._rows(layer.rows, x, window.unit_at[: window.num_rows], watch=seeds)
         y = y.astype(mx.float32)
         if active is not None:
             window.touch(window.unit_at[: window.num_rows], active, first)
         mx.eval(y)  # before admitted rows overwrite any that this product reads
         for rows, units in blocks.stream():
             keep = ~held[units]
-            part, active = rows.ffn(x, len(units), None if keep.all() else keep, seeds)
+            part, active = self._rows(rows, x, units, None if keep.all() else keep, seeds)
             y = y + part
             mx.eval(y)
             if active is not None:

@@ -121,7 +121,7 @@ class Work:
     kind: str  # of the resident matrices and the rows
     predictor_kind: str
     slot: int
-    stride: int
+    stride: int  # read for one missed unit
     kv: int  # key-value cache read per token
     misses: tuple[float, ...]  # units per token, per layer
     recall: float = 0.0  # of the look-ahead: the share of the misses that is asked for a layer early

@@ -40,7 +40,7 @@ class HostTier:
     def rows(self) -> RecordRows:
         if self._rows is None:
             size = (self.passing + self.kept) * self.record.stride
-            staging = Staging(self.record.stride * self.chunk + (3 << 12), self.record)
+            staging = Staging(max(self.record.stride * self.chunk, self.record.step) + (3 << 12), self.record)
             self._rows = RecordRows(self.record, host_memory(size)[:size], staging)
         return self._rows
 

@@ -51,7 +51,8 @@ from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, l
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
 from mlxflash.routed import RoutedFFN
-from mlxflash.ways import STORED, Way, faster, forecast_of, sizes_of
+from mlxflash.sketch import Sketch, read_sketch
+from mlxflash.ways import RIVALS, STORED, Way, fastest, forecast_of, missed, sizes_of
 from mlxflash.window import Window
 
 PREDICTORS = ("all", "oracle", *STORED)
@@ -128,7 +129,9 @@ def load_bundle(
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
     if manifest.routed and (look_ahead or own is not None):
         bundle.require_sparse()
-    if predictor not in (None, "all") and (own is None or manifest.layout == "blocks"):
+    if predictor == "sketch":
+        bundle.require_neurons()
+    elif predictor not in (None, "all") and (own is None or manifest.layout == "blocks"):
         bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
@@ -153,12 +156,16 @@ def load_bundle(
     found = tensors(bundle)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
-    if look_ahead and predictor in ("low-rank", "bound"):
+    if look_ahead and predictor in ("low-rank", "sketch", "bound"):
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
 
     def way(predictor: str, levels: list[Level]) -> Way:
         """With the level of those, which hold less and less, that holds no more than the budget does."""
-        skips = backend.leaves_out_free and predictor in STORED and all_rows is not True
+        if predictor == "sketch":
+            with contextlib.suppress(BudgetError):
+                if (whole := way("all", [])).plan.whole:  # what holds everything has no use for a sketch
+                    return whole
+        skips = backend.leaves_out_free and predictor in STORED and predictor != "sketch" and all_rows is not True
         ways = [_way(predictor, levels, predicted) for predicted in ((False, True) if skips else (False,))]
         return (
             ways[1] if skips and all_rows is False else min(ways, key=lambda w: w.expected.seconds if w.expected else 0)
@@ -169,9 +176,10 @@ def load_bundle(
         if ahead is None:
             ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
         more = sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
+        kept = ffn.sketched() if predictor == "sketch" else ffn
         level: Level | None = None
         for level in (*levels, None):
-            sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
+            sizes = sizes_of(bundle, config, found, backend, kept, predictor, own_bytes + more, level)
             tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
             plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
             # A window's span gives up what is held, and rows that are not predicted may be left out.
@@ -187,15 +195,17 @@ def load_bundle(
             without = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, False, predicted)
             if without is not None and without.seconds < expected.seconds:
                 ahead, expected = False, without
-        return Way(predictor, level, ahead, predicted and not plan.whole, plan, disk, expected)
+        misses = missed(plan, sizes)
+        reads = None if misses is None else sum(misses) * (sizes.extent or sizes.stride)
+        return Way(predictor, level, ahead, predicted and not plan.whole, plan, disk, expected, reads)
 
-    chosen = way(str(predictor), levels)
-    rival = {"low-bit": "low-rank", "all": "bound"}.get(str(predictor), "")
-    other = levels_of(bundle, rival, fidelity or DEFAULT)
-    said = ""
-    if free and (other or rival == "bound") and not look_ahead and rival in bundle.predictors() and chosen.expected:
-        with contextlib.suppress(BudgetError, BundleError):
-            chosen, said = faster(chosen, way(rival, other))
+    ways = [way(str(predictor), levels)]
+    for rival in RIVALS.get(str(predictor), ()) if free and not look_ahead else ():
+        measured = levels_of(bundle, rival, fidelity or DEFAULT)
+        if rival in bundle.predictors() and (measured or rival == "bound"):
+            with contextlib.suppress(BudgetError, BundleError):
+                ways.append(way(rival, measured))
+    chosen, said = fastest(ways)
     predictor, level, look_ahead, plan = chosen.predictor, chosen.level, chosen.look_ahead, chosen.plan
     disk = chosen.disk
     if chosen.predicted:
@@ -206,6 +216,9 @@ def load_bundle(
     if len(streamed) != bundle.num_layers:
         raise BundleError(f"{where}: made of {bundle.num_layers} layers, config.json describes {len(streamed)}")
     name = "all" if plan.whole else str(predictor)
+    if check_reads and name == "sketch":
+        raise ValueError("--check-reads compares whole records, and a sketch reads a part of each; use --exact")
+    kept = ffn.sketched() if name == "sketch" else ffn
     cuts = read_cuts(bundle, name, level.multiplier) if level is not None and name in STORED else None
     mode = "; ".join(filter(None, [_mode(bundle, name, plan, margin, level), manifest.rounding]))
     reader: Any = make_reader(direct=direct)
@@ -217,17 +230,17 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        staging, passing = flash.stagings = backend.landings(ffn, plan)
+        staging, passing = flash.stagings = backend.landings(kept, plan)
         blocks = None
         if not plan.whole:
-            pair = [backend.rows(ffn, plan.block_units, passing) for _ in range(2)]
+            pair = [backend.rows(kept, plan.block_units, passing) for _ in range(2)]
             apart = 0 if mixture else (disk.gap_bytes() if disk else DEFAULT_GAP_BYTES) // manifest.record.stride
             blocks = Blocks((pair[0], pair[1]), apart)
         for i, (entry, owner) in enumerate(zip(manifest.layers, streamed, strict=True)):
             file = File(bundle.layer_path(i), direct)
             flash.files.append(file)
             source = Source(file, resident[i])
-            rows = backend.rows(ffn, plan.capacities[i], staging)
+            rows = backend.rows(kept, plan.capacities[i], staging)
             layer = FlashLayer(
                 units=entry.units,
                 source=source,
@@ -242,9 +255,12 @@ def load_bundle(
                 down_bias=flash_bias(resident[i], backend, bundle),
                 times=flash.times,
                 stride=manifest.record.stride,
+                extent=kept.record.stride,
                 disk=disk,
                 predicted=chosen.predicted,
             )
+            if isinstance(layer.predictor, Sketch):
+                layer.sketch = layer.predictor
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
                 rows.settle()  # what is on its way to a device goes there now
@@ -307,6 +323,13 @@ def _predictor(
             )
         if name == "bound":
             return load_bound(bundle, index, backend, ffn, bias)
+        if name == "sketch":
+            return Sketch(
+                backend,
+                ffn,
+                read_sketch(files[index], ffn, layer),
+                np.zeros(layer.units, np.float32) if cut is None else cut[1],
+            )
         margin = MARGIN if margin is None else margin
         if name == "low-rank":
             made = load_low_rank(files[index], backend, ffn, layer, margin)
@@ -329,6 +352,8 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, leve
     if level is not None:
         return f"approximate ({level.describe()})"
     said = bundle.manifest.calibration.get(predictor)
+    if said and predictor == "sketch":
+        return f"approximate (sketch: perplexity {np.expm1(said['kl']):+.2%})"
     if not said or (MARGIN if margin is None else margin) != said["margin"]:
         return "approximate (not measured)"
     return f"approximate (recall {said['recall']:.1%}, perplexity {said['perplexity_change']:+.2%})"

@@ -54,6 +54,8 @@ class Sizes:
     staged: bool  # whether reads pass through a staging buffer
     least_slots: int = MIN_SLOTS  # of a layer; of experts, as many as one token chooses
     expert_token: int = 0  # what one prompt token's chosen experts, or a layer's blocks, compute before it is added up
+    extent: int = 0  # what is read of a record for one missed unit (0: all of it)
+    partial: bool = False  # a slot is not all of a unit, so that holding every slot is not the model
     discrete: bool = False  # the budget is a device's own memory; what the host holds is planned beside it
 
 
@@ -128,14 +130,15 @@ def make_plan(sizes: Sizes, memory: int | None, context: int, available: int | N
     whole = _whole(sizes, context)
     room = available_memory() if available is None else available
     if memory is None:
-        memory = min(whole.memory, int(AUTO_SHARE * room))
+        more = sizes.predictor + sum(_reserves(sizes, context, whole.pools).values()) if sizes.partial else 0
+        memory = min(whole.memory + more, int(AUTO_SHARE * room))
     elif available is not None and min(memory, whole.memory) > available:
         raise BudgetError(
             f"a memory budget of {format_bytes(memory)} does not fit this device, which has {format_bytes(available)}"
             f" free: --memory {as_typed(int(DEVICE_SHARE * available))} would",
             int(DEVICE_SHARE * available),
         )
-    if memory >= whole.memory:
+    if memory >= whole.memory and not sizes.partial:
         return replace(whole, memory=memory)  # nothing streams, so that a tier would stay empty
     slots = sum(min(sizes.least_slots, n) for n in sizes.units)
     objects, beside = _objects(sizes)
@@ -143,7 +146,8 @@ def make_plan(sizes: Sizes, memory: int | None, context: int, available: int | N
     least = fixed + slots * sizes.slot
     least += sum(_reserves(sizes, context, 0).values())
     if memory < least:
-        least = min(least, whole.memory)  # buffers and a predictor may outweigh what streaming saves
+        if not sizes.partial:
+            least = min(least, whole.memory)  # buffers and a predictor may outweigh what streaming saves
         raise BudgetError(
             f"a memory budget of {format_bytes(memory)} cannot work for this model: "
             f"the smallest that would is {format_bytes(_round_up(least))}"
@@ -238,7 +242,7 @@ def _activations(sizes: Sizes, tokens: int, context: int) -> int:
 
 def _least_staging(sizes: Sizes) -> int:
     """One record, widened to blocks."""
-    return sizes.stride + (3 << 12)
+    return sizes.stride + (3 << 12)  # of a part of it the stride all the same: streams read through
 
 
 def split_slots(

@@ -19,6 +19,7 @@ from mlxflash.reader import File, Reader
 
 HUGE_PAGE = 2 << 20
 START = np.ones(1, bool)  # the first record begins a read
+DENSE = 2  # positions per unit wanted, at most, of a stream's block
 STAGING_PIECES = 8  # rounds of reads that cannot land in place: so many may be under way
 
 
@@ -67,7 +68,8 @@ class Staging:
     """
 
     def __init__(self, num_bytes: int, record: Record):
-        widest = (-(-record.num_bytes // BLOCK_BYTES) + 1) * BLOCK_BYTES  # a record, wherever in a block it begins
+        longest = max(record.num_bytes, record.step)  # of a part of it, streams read all that lies between too
+        widest = (-(-longest // BLOCK_BYTES) + 1) * BLOCK_BYTES  # wherever in a block it begins
         count = min(STAGING_PIECES, num_bytes // widest)
         self.num_bytes, self.piece_bytes = num_bytes, num_bytes // count // BLOCK_BYTES * BLOCK_BYTES if count else 0
         self._pieces: list[memoryview] = []
@@ -112,7 +114,7 @@ class RecordRows:
 
     def land(self, reader: Reader, file: File, positions: np.ndarray, slots: np.ndarray) -> Landing:
         """Start reading the records at `positions` (ascending) into `slots`; both int64 [n]."""
-        if file.direct and not self.record.aligned:
+        if _apart(self.record, positions) or (file.direct and not self.record.aligned):
             return _StagedLanding(reader, file, self.record, self._staging, positions, slots, self._place)
         return reader.submit(file, _spans(self.record, positions, slots), self.memory)
 
@@ -178,19 +180,27 @@ def copy_rows(
         dest[slot : slot + num_bytes] = source[row : row + num_bytes]
 
 
+def _apart(record: Record, positions: np.ndarray) -> bool:
+    """Whether these are parts of records that lie apart on disk, and so many of them side by side that reading through
+    what lies between costs less than a read each: a stream's, never a token's."""
+    if record.step == record.stride or len(positions) < 2:
+        return False
+    return bool(positions[-1] - positions[0] < DENSE * len(positions))
+
+
 def _spans(record: Record, positions: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """Reads that bring records to slots of their shape, uint64 [n, 3].
 
     Neighbours on disk that land in neighbouring slots become one read. Whole strides are read: what pads a record on
     disk pads its slot.
     """
-    joins = (positions[1:] == positions[:-1] + 1) & (slots[1:] == slots[:-1] + 1)
+    joins = (positions[1:] == positions[:-1] + 1) & (slots[1:] == slots[:-1] + 1) & (record.step == record.stride)
     first = np.flatnonzero(np.concatenate((START, ~joins))[: len(positions)])
     spans = np.empty((len(first), 3), np.uint64)
     if len(first) == 0:
         return spans
     last = np.concatenate((first[1:], [len(positions)]))
-    spans[:, 0] = HEADER_BYTES + positions[first] * record.stride
+    spans[:, 0] = HEADER_BYTES + positions[first] * record.step + record.start
     spans[:, 1] = slots[first] * record.stride
     spans[:, 2] = (last - first) * record.stride
     return spans
@@ -268,11 +278,14 @@ def _rounds(record: Record, positions: np.ndarray, slots: np.ndarray, capacity: 
 
     Records that share or neighbour a block share a read.
     """
-    begin = HEADER_BYTES + positions * record.stride
+    begin = HEADER_BYTES + positions * record.step + record.start
     low = begin // block * block
     high = -(-(begin + record.num_bytes) // block) * block
     if len(positions) and int((high - low).max()) > capacity:
         raise ValueError(f"records of {record.num_bytes} bytes do not fit pieces of staging of {capacity} bytes")
+    if _apart(record, positions):  # what lies between neighbours is read too
+        beside = np.flatnonzero(np.diff(positions) == 1)
+        high[beside] = np.maximum(high[beside], low[beside + 1])
     added = np.cumsum(high - np.maximum(low, np.concatenate(([0], high[:-1]))))
     rounds, start = [], 0
     while start < len(positions):

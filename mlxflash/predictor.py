@@ -68,11 +68,7 @@ class Projection:
 
 
 def low_bit_matrix(weight: mx.array, bits: int = LOW_BITS) -> Matrix:
-    """The resident copy of a deciding matrix [units, d_model]: MLX-affine, groups along d_model, float16 scales.
-
-    MLX's quantiser spans a group's extremes. At few bits that wastes codes on outliers, so each group keeps the
-    narrowed range of SHRINK with the least squared error.
-    """
+    """The resident copy of a deciding matrix [units, d_model]: MLX-affine, groups along d_model, float16 scales."""
     group = 64 if weight.shape[1] % 64 == 0 else 32
     rows = [_quantize_rows(weight[i : i + 1024], bits, group) for i in range(0, len(weight), 1024)]
     words, scales, biases = (mx.concatenate(list(part)) for part in zip(*rows, strict=True))
@@ -81,9 +77,21 @@ def low_bit_matrix(weight: mx.array, bits: int = LOW_BITS) -> Matrix:
 
 def _quantize_rows(weight: mx.array, bits: int, group: int) -> tuple[mx.array, mx.array, mx.array]:
     w = weight.astype(mx.float32).reshape(len(weight), -1, group)
+    scale, bias = nearest_range(w, bits)
+    codes = mx.clip(mx.round((w - bias) / scale), 0, 2**bits - 1).astype(mx.uint8)
+    m = packed(np.array(codes).reshape(len(weight), -1), scale[..., 0], bias[..., 0], bits, group)
+    return m.weight, m.scales, m.biases
+
+
+def nearest_range(w: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """Scale and bias [..., 1] of groups [..., group], as float16 has them.
+
+    MLX's quantiser spans a group's extremes. At few bits that wastes codes on outliers, so each group keeps the
+    narrowed range of SHRINK with the least squared error.
+    """
     low, high = w.min(axis=-1, keepdims=True), w.max(axis=-1, keepdims=True)
     best: mx.array | None = None
-    kept: tuple[mx.array, mx.array, mx.array] = (low, low, low)
+    kept: tuple[mx.array, mx.array] = (low, low)
     for shrink in SHRINK:
         middle, half = (high + low) / 2, (high - low) / 2 * shrink
         scale = mx.maximum(2 * half / (2**bits - 1), 1e-7).astype(mx.float16).astype(mx.float32)
@@ -91,16 +99,20 @@ def _quantize_rows(weight: mx.array, bits: int, group: int) -> tuple[mx.array, m
         codes = mx.clip(mx.round((w - bias) / scale), 0, 2**bits - 1)
         error = mx.square(codes * scale + bias - w).sum(axis=-1, keepdims=True)
         if best is None:
-            best, kept = error, (codes, scale, bias)
+            best, kept = error, (scale, bias)
         else:
             better = error < best
-            kept = mx.where(better, codes, kept[0]), mx.where(better, scale, kept[1]), mx.where(better, bias, kept[2])
+            kept = mx.where(better, scale, kept[0]), mx.where(better, bias, kept[1])
             best = mx.minimum(error, best)
         mx.eval(best, *kept)
-    values = np.array(kept[0].astype(mx.uint8)).reshape(len(weight), -1)
-    stream = np.unpackbits(values[..., None], axis=-1, count=bits, bitorder="little").reshape(len(weight), -1)
+    return kept
+
+
+def packed(codes: np.ndarray, scales: mx.array, biases: mx.array, bits: int, group: int) -> Matrix:
+    """Codes, uint8 [rows, columns], and scales and biases [rows, columns / group] as MLX stores them."""
+    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little").reshape(len(codes), -1)
     words = np.packbits(stream, axis=-1, bitorder="little").view(np.uint32)
-    return mx.array(words), kept[1][..., 0].astype(mx.float16), kept[2][..., 0].astype(mx.float16)
+    return Matrix(mx.array(words), scales.astype(mx.float16), biases.astype(mx.float16), bits, group)
 
 
 def save_low_bit(file: Path, matrix: Matrix, shift: np.ndarray, error: np.ndarray) -> None:
@@ -197,6 +209,7 @@ def add_matrix(name: str, m: Matrix, arrays: dict[str, mx.array], meta: dict[str
 
 
 def read_matrix(arrays: dict[str, mx.array], meta: dict[str, str], name: str) -> Matrix:
+    """A quantised matrix that was saved under `name`."""
     words, scales, biases = (arrays[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
     return Matrix(words, scales, biases, int(meta[f"{name}.bits"]), int(meta[f"{name}.group_size"]))
 

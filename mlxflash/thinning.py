@@ -28,8 +28,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxflash.backends import FFN, Backend, Matrix, make_backend
-from mlxflash.backends.metal import ACTIVATIONS
+from mlxflash.backends import FFN, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle
 from mlxflash.evaluate import Progress, spread
 from mlxflash.fidelity import LEVELS, Cuts, Level
@@ -39,6 +38,7 @@ from mlxflash.models import family_of
 from mlxflash.plan import split_slots
 from mlxflash.predictor import floats, part_matrix
 from mlxflash.resident import one_part
+from mlxflash.sketch import BITS, Answer, Product, activations, answer, choose_bits, fit, products_of
 
 DROPPED = 0.3  # of the active units, the least important, left out to measure a layer's sensitivity
 HELD = (0.0, 0.15, 0.3)  # of all units, shared out to layers as the planner does
@@ -48,7 +48,22 @@ AIM = 0.9  # of a level's price, where the curve says that it is
 BOUND = 1.65  # standard errors: one-sided 95 %
 GRID = np.concatenate((-np.geomspace(1, 1e-4, 200), np.geomspace(1e-4, 1, 200)))  # below 0 are units likely not active
 LEAST_CHUNK = 16
-Keep = Callable[[int, np.ndarray, np.ndarray], Any]  # row, x [tokens, d_model], activations: which units are computed
+Keep = Callable[[int, np.ndarray, np.ndarray], np.ndarray]  # row, x [tokens, d_model], activations: those used for them
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One layer's predictor as find_levels takes it: x [tokens, d_model] to each unit's score, float32 [tokens, units];
+    what the score is compared with where it estimates the deciding product, [units] (None: any score); and, of a
+    sketch, x to the activations that it gives."""
+
+    score: Answer
+    base: np.ndarray | None = None
+    answer: Answer | None = None
+
+    @classmethod
+    def of_sketch(cls, answer: Answer, units: int) -> "Guess":
+        return cls(lambda x: np.abs(answer(x)), np.zeros(units, np.float32), answer)
 
 
 @dataclass(frozen=True)
@@ -77,25 +92,19 @@ class Weights:
         raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES).reshape(-1, stride)
         self._parts = {name: floats(part_matrix(ffn, raw, name)) for name in {ffn.first, "up", "down"}}
         self.first, self.up, self.down = self._parts[ffn.first], self._parts["up"], self._parts["down"]
-        self._bias, self._up_bias = (one_part(bundle, index, f"{name}_bias", units) for name in (ffn.first, "up"))
+        self.bias, self.up_bias = (one_part(bundle, index, f"{name}_bias", units) for name in (ffn.first, "up"))
         self._ffn = ffn
 
     def activations(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x [tokens, d_model] to the deciding products, active above 0, and to what multiplies the down rows: [tokens,
         units] both."""
-        ffn, products = self._ffn, x @ self.first.T + self._bias
-        if ffn.activation == "fatrelu":
-            out = products * (products > ffn.threshold)
-        else:
-            out = np.array(ACTIVATIONS[ffn.activation](mx.array(products)))
-        if ffn.layout == "gated":
-            up = x @ self.up.T + self._up_bias
-            out = out * (np.maximum(up, 0) if ffn.activation == "drelu" else up)
-        return products - np.float32(ffn.threshold), out
+        products = x @ self.first.T + self.bias
+        up = x @ self.up.T + self.up_bias if self._ffn.layout == "gated" else products
+        return products - np.float32(self._ffn.threshold), activations(self._ffn, products, up)
 
 
 class Thin(nn.Module):
-    """Stands for an FFN: row r of a batch computes the units that `keep(r, x, activations)` says, row 0 all."""
+    """Stands for an FFN: row r of a batch computes with what `keep(r, x, activations)` says, row 0 with all."""
 
     def __init__(self, bundle: Bundle, index: int, bias: mx.array | None, keep: Keep):
         super().__init__()
@@ -107,7 +116,7 @@ class Thin(nn.Module):
         for r, row in enumerate(np.array(x.astype(mx.float32))):
             _, a = weights.activations(row)
             if r:
-                a = a * self._keep(r, row, a)
+                a = self._keep(r, row, a)
             rows.append(a @ weights.down)
         y = mx.array(np.stack(rows)).astype(x.dtype)
         return y if self._bias is None else y + self._bias
@@ -117,34 +126,27 @@ class _Layer:
     """What one layer's units are worth: `norm`, output per unit of activation; the predictor's estimate of what they
     add, `slope * (score - base) * norm`; and how much energy lies in the active units below any estimate."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        index: int,
-        x: np.ndarray,
-        fitted: int,
-        matrix: tuple[Matrix, ...],
-        base: Any,
-        backend: Backend,
-    ):
-        """x [tokens, d_model], of which the first `fitted` are for thresholds. base: [units], or None to fit it and the
-        slope to the products, for scores that are no estimates of them."""
+    def __init__(self, bundle: Bundle, index: int, x: np.ndarray, fitted: int, guess: Guess):
+        """x [tokens, d_model], of which the first `fitted` are for thresholds. For scores that are no estimates of the
+        products base and slope are fitted to these."""
         weights = Weights(bundle, index)
         products, a = weights.activations(x)
-        self._x, self._matrix, self._backend = x, matrix, backend
-        score = self.scores()
-        if base is None:
+        self.guess, self._x = guess, x
+        score = guess.score(x)
+        if guess.base is None:
             self.base, self.slope = _line(score[:fitted], products[:fitted])
         else:
-            self.base, self.slope = base, np.ones(len(base), np.float32)
+            self.base, self.slope = guess.base, np.ones(len(guess.base), np.float32)
         self.norm = np.linalg.norm(weights.down, axis=1).astype(np.float32) + np.float32(1e-6)
         importance = np.abs(a) * self.norm
-        if weights.up is not weights.first:  # what multiplies the gate is not known before the read: its mean
+        if (
+            weights.up is not weights.first and guess.answer is None
+        ):  # what multiplies the gate is not known before the read: its mean
             gate = np.maximum(products, 1e-6)
             active = products > 0
             share = (np.abs(a) * active).sum(axis=0) / np.maximum((gate * active).sum(axis=0), 1e-6)
             self.norm = self.norm * np.where(active.any(axis=0), share, share[active.any(axis=0)].mean())
-        there = importance[products > 0]
+        there = importance[products > 0] if bundle.manifest.sparse else importance
         self.least = float(np.quantile(there, DROPPED)) if len(there) else 0.0
         self.dropped = float(np.square(importance * (importance < self.least))[:fitted].sum() / fitted)
         estimated = self.slope * (score - self.base) * self.norm
@@ -152,16 +154,9 @@ class _Layer:
         found = np.histogram(estimated, self.edges, weights=np.square(importance))[0] / len(x)
         self.left_out = np.concatenate(([0.0], np.cumsum(found)))
 
-    def scores(self) -> np.ndarray:
-        return self.project(self._x)
-
-    def project(self, x: np.ndarray) -> np.ndarray:
-        """The predictor's scores, float32 [tokens, units]."""
-        return self._backend.project(mx.array(x), *self._matrix)()
-
     def flags(self, scale: float, multiplier: float) -> np.ndarray:
         """What the predictor flags on the text: bool [tokens, units]."""
-        return self.scores() > self.base + multiplier * self.threshold(scale)
+        return self.guess.score(self._x) > self.base + multiplier * self.threshold(scale)
 
     def threshold(self, scale: float) -> np.ndarray:
         return (scale / (self.norm * self.slope)).astype(np.float32)
@@ -180,34 +175,32 @@ def _line(score: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def find_levels(
     bundle: Bundle,
     model: FlashModel,
-    predictors: list[tuple[tuple[Matrix, ...], np.ndarray | None]],
+    guesses: list[Guess],
     inputs: list[np.ndarray],
     sequences: list[np.ndarray],
     curves: tuple[MissCurve, ...],
     *,
-    device: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Cuts, dict[str, Any]]:
     """Thresholds of every layer, and what the manifest says of them: the curve's points, and levels.
 
-    model: the bundle's, exact; its FFNs are replaced. predictors: each layer's matrices, and what their product is
-    compared with where that estimates the deciding product, [units] (None: any score). inputs: what the FFNs are given
+    model: the bundle's, exact; its FFNs are replaced. inputs: what the FFNs are given
     for all but the last token of each of `sequences`, float32 [tokens, d_model]; the first half of the sequences makes
     thresholds, the others are reported on. curves: each layer's, by which memory is shared out.
     """
-    backend, count = make_backend(device), bundle.num_layers
+    count = bundle.num_layers
     half = max(1, len(sequences) // 2)
     made, reported = sequences[:half], sequences[half:] or sequences
     fitted = sum(len(s) - 1 for s in made)
     layers = []
     for index, x in enumerate(inputs):
         progress("importance", index, count)
-        layers.append(_Layer(bundle, index, x, fitted, *predictors[index], backend))
+        layers.append(_Layer(bundle, index, x, fitted, guesses[index]))
     progress("importance", count, count)
 
     def least(index: int) -> Keep:
         layer = layers[index]
-        return lambda r, x, a: np.abs(a) * layer.norm >= layer.least if r == index + 1 else True
+        return lambda r, x, a: a * (np.abs(a) * layer.norm >= layer.least) if r == index + 1 else a
 
     found = _measure(bundle, model, least, count, made, "sensitivity", progress)
     cost = np.maximum([p.kl for p in found], 1e-9) / np.maximum([layer.dropped for layer in layers], 1e-12)
@@ -224,10 +217,11 @@ def find_levels(
             base, threshold = cuts[index]
             windows = [simulated(len(base), capacities[index]) if capacities else None for capacities, _ in asked]
 
-            def keep(r: int, x: np.ndarray, _: np.ndarray) -> np.ndarray:
-                flags = layers[index].project(x) > base + np.float32(asked[r - 1][1]) * threshold
-                window = windows[r - 1]
-                return flags if window is None else computed(window, flags)
+            def keep(r: int, x: np.ndarray, a: np.ndarray) -> np.ndarray:
+                guess, window = layers[index].guess, windows[r - 1]
+                flags = guess.score(x) > base + np.float32(asked[r - 1][1]) * threshold
+                used = a if guess.answer is None else guess.answer(x)
+                return used * (flags if window is None else computed(window, flags))
 
             return keep
 
@@ -252,6 +246,45 @@ def find_levels(
         levels[name].append({k: v for k, v in asdict(level).items() if k != "name"})
     tokens = sum(len(s) - 1 for s in reported)
     return cuts, {"tokens": tokens, "levels": levels, "points": [asdict(p) for p in points]}
+
+
+def draw_sketches(
+    bundle: Bundle,
+    model: FlashModel,
+    inputs: list[np.ndarray],
+    sequences: list[np.ndarray],
+    device: str | None,
+    progress: Progress,
+) -> tuple[list[list[Product]], float]:
+    """A sketch of every layer, in as many bits as it takes for ERROR, and the KL divergence of each in BITS from the
+    exact model, all layers' added up and brought to what they got. Arguments as for find_levels."""
+    backend, ffn, count = make_backend(device), FFN.of(bundle.manifest), bundle.num_layers
+    half = max(1, len(sequences) // 2)
+    fitted = sum(len(s) - 1 for s in sequences[:half])
+
+    def drawn(index: int, bits: int) -> list[Product]:
+        weights, x = Weights(bundle, index), inputs[index]
+        test = x[fitted:] if fitted < len(x) else x
+        stored = [(weights.first, weights.bias), (weights.up, weights.up_bias)]
+        return [fit(w, bias, x[:fitted], test, bits) for w, bias in stored[: len(products_of(ffn))]]
+
+    sketches = []
+    for index in range(count):
+        progress("sketches", index, count)
+        sketches.append(drawn(index, BITS))
+    answers = [answer(backend, ffn, products) for products in sketches]
+
+    def alone(index: int) -> Keep:
+        return lambda r, x, a: answers[index](x) if r == index + 1 else a
+
+    costs = [p.kl for p in _measure(bundle, model, alone, count, sequences[half:] or sequences, "sketches", progress)]
+    bits = choose_bits(costs)
+    for index, b in enumerate(bits):
+        if b != BITS:
+            progress("sketches", index, count)
+            sketches[index] = drawn(index, b)
+    progress("sketches", count, count)
+    return sketches, sum(max(c, 0.0) * 4.0 ** (BITS - b) for c, b in zip(costs, bits, strict=True))
 
 
 def _multipliers(layers: list[_Layer], scale: np.ndarray, cost: np.ndarray) -> list[float]:

@@ -10,15 +10,17 @@ from mlxflash.fidelity import Level
 from mlxflash.forecast import COPY, Forecast, Work, forecast, machine_profile
 from mlxflash.misses import MissCurve
 from mlxflash.models import kv_values_per_token, state_values
-from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, PREFILL_TOKENS, Plan, Sizes
+from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, PREFILL_TOKENS, Plan, Sizes, format_bytes
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
 
 STORED = {  # predictors that lie in a bundle: what to do where one is missing
     "low-bit": "convert again, or use --exact",
     "low-rank": "`mlxflash train` makes one",
+    "sketch": "`mlxflash calibrate --predictor sketch` makes one",
     "bound": "`mlxflash calibrate --predictor bound` makes one",
 }
+RIVALS = {"low-bit": ("low-rank", "sketch"), "all": ("bound",)}  # predictors that may serve in the place of another
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,28 @@ class Way:
     plan: Plan
     disk: DiskProfile | None
     expected: Forecast | None
+    reads: float | None = None  # bytes per token, by miss curves; None: not measured
 
 
-def faster(one: Way, other: Way) -> tuple[Way, str]:
-    """Of two ways the one with the shorter forecast, and why, for people; the first where nothing tells them apart."""
-    if one.expected is None or other.expected is None or one.plan.whole:
-        return one, ""
-    ways = sorted((one, other), key=lambda w: w.expected.seconds if w.expected else 0.0)
-    words = [f"{w.predictor} {1e3 * w.expected.seconds:.1f} ms" for w in ways if w.expected]
-    return ways[0], f"  predictor: {words[0]} per token, {words[1]}"
+def fastest(ways: list[Way]) -> tuple[Way, str]:
+    """Of the ways whose cost in fidelity is known, or else of all: the one with the shortest forecast, or where there
+    are none (reads may be cached) with the fewest bytes to read, and why, for people."""
+    if ways[0].plan.whole:
+        return ways[0], ""
+    ways = [way for way in ways if way.level is not None and way.level.met] or ways
+    if len(ways) == 1:
+        return ways[0], ""
+    if all(way.expected is not None for way in ways):
+        cost = {id(way): way.expected.seconds if way.expected else 0.0 for way in ways}
+        said = {id(way): f"{way.predictor} {1e3 * cost[id(way)]:.1f} ms" for way in ways}
+    elif all(way.reads is not None for way in ways):
+        cost = {id(way): way.reads or 0.0 for way in ways}
+        said = {id(way): f"{way.predictor} {format_bytes(cost[id(way)])}" for way in ways}
+    else:
+        return ways[0], ""
+    ways = sorted(ways, key=lambda way: cost[id(way)])
+    words = [said[id(way)] for way in ways]
+    return ways[0], f"  predictor: {words[0]} per token, {', '.join(words[1:])}"
 
 
 def forecast_of(
@@ -63,27 +78,27 @@ def forecast_of(
         return None
     mixture, streams = manifest.layout == "experts", predictor == "all" and not plan.whole
     misses = (0.0,) * len(plan.units)
-    if not plan.whole and sizes.curves is not None:
-        misses = tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
+    if (known := missed(plan, sizes)) is not None:
+        misses = known
     elif not plan.whole and mixture:
         misses = tuple(sizes.least_slots * (1 - h / n) for h, n in zip(plan.capacities, plan.units, strict=True))
     elif not (plan.whole or streams):
         return None
     kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
-    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8", "bound": "8"}.get(predictor, kind)
+    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8", "sketch": str(LOW_BITS), "bound": "8"}.get(predictor, kind)
     head = any(t.name.startswith("lm_head.") for t in found)
     idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
     ahead = manifest.calibration.get("look-ahead") if look_ahead else None
     recall = ahead["recall"] if ahead else 0.0
     wanted: tuple[float, ...] = (sizes.least_slots,) * len(plan.units) if mixture else ()
-    if predicted and sizes.curves:
+    if (predicted or sizes.partial) and sizes.curves:
         wanted = tuple(curve.misses[0] for curve in sizes.curves)
     work = Work(
         resident=sum(t.num_bytes for t in found if not any(name in t.name for name in idle)),
         kind=kind,
         predictor_kind=guessed,
         slot=sizes.slot,
-        stride=sizes.stride,
+        stride=sizes.extent or sizes.stride,
         kv=plan.kv // 2,  # of a context that fills
         misses=misses,
         recall=recall,
@@ -95,6 +110,13 @@ def forecast_of(
     )
     kinds = {kind, guessed, "float32"} | ({COPY} if work.staged else set())
     return forecast(plan, work, machine_profile(backend, kinds), disk)
+
+
+def missed(plan: Plan, sizes: Sizes) -> tuple[float, ...] | None:
+    """Units that each layer misses per token; None where nobody measured it."""
+    if plan.whole or sizes.curves is None:
+        return None
+    return tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
 
 
 def curves_of(manifest: Manifest, predictor: str, level: Level | None) -> tuple[MissCurve, ...] | None:
@@ -144,6 +166,9 @@ def sizes_of(
     elif manifest.layout == "blocks":  # the products of a layer's neurons, and down's of some blocks
         sums = PARTIAL_SUMS // PREFILL_TOKENS[-1]
         least, token = 1, (3 * max(units) * ffn.neurons + sums * manifest.d_model) * item
+    activations = 16 * manifest.d_model * item
+    if ffn.layout == "down":  # a sketch's, of all units at once
+        activations += 3 * 4 * max(units)
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident + 4 * state_values(config),
@@ -153,12 +178,14 @@ def sizes_of(
         curves=curves_of(manifest, predictor, level),
         slot=backend.slot_bytes(ffn),
         stride=manifest.record.stride,
+        extent=ffn.record.stride,
         kv_token=kv_values_per_token(config) * item,
-        activation_token=16 * manifest.d_model * item,
+        activation_token=activations,
         score_token=2 * int(config["num_attention_heads"]) * 4,
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
-        staged=backend.is_staged(ffn),
+        staged=backend.is_staged(ffn) or (ffn.layout == "down" and not backend.discrete),  # its streams read through
+        partial=ffn.layout == "down",
         discrete=backend.discrete,
         least_slots=least,
         expert_token=token,

@@ -25,7 +25,7 @@ from mlxflash.forecast import (
 from mlxflash.kept import Watch
 from mlxflash.model import load_bundle
 from mlxflash.plan import BudgetError, make_plan
-from mlxflash.ways import Way, faster
+from mlxflash.ways import Way, fastest
 from test_diskprofile import made
 from test_plan import GB, OPT_67B
 
@@ -77,11 +77,11 @@ def test_of_two_ways_the_shorter_forecast_is_taken_and_said():
         for name, s in (("low-bit", 0.3), ("low-rank", 0.2))
     ]
     for one, other in (ways, ways[::-1]):
-        chosen, said = faster(one, other)
+        chosen, said = fastest([one, other])
         assert chosen.predictor == "low-rank"
         assert said == "  predictor: low-rank 200.0 ms per token, low-bit 300.0 ms"
     unknown = replace(ways[1], expected=None)
-    assert faster(ways[0], unknown) == (ways[0], "")
+    assert fastest([ways[0], unknown]) == (ways[0], "")
 
 
 def test_of_rows_that_are_held_those_predicted_take_their_bytes():

@@ -95,11 +95,12 @@ static bool reserve(struct buffer *buffer, size_t floats) {
     return buffer->data != NULL;
 }
 
-/* The operand for m tokens of x, laid out in `buffer`. */
+/* The operand for m tokens of x, laid out in `buffer`; of no x, its measures. */
 static bool prepare(const struct format *format, const float *x, size_t m, struct buffer *buffer,
                     struct operand *operand) {
     *operand = (struct operand){.format = *format, .m = m};
     simd->measure(operand);
+    if (x == NULL) return true;
     if (!reserve(buffer, m * (operand->width + operand->group_width))) return false;
     float *groups = buffer->data + m * operand->width;
     simd->arrange(operand, x, buffer->data, groups);
@@ -230,6 +231,7 @@ static bool any(const float h[TOKENS][BATCH], size_t m, size_t i) {
 static void ffn_part(void *context, size_t part) {
     struct ffn_job *job = context;
     const struct ffn *call = job->call;
+    const bool computed = call->hidden == NULL, gated = call->gated && computed;
     const struct part lead = call->gated ? call->gate : call->up;
     const float *lead_bias = call->gated ? call->gate_bias : call->up_bias;
     const size_t m = job->x.m, begin = job->live_count * part / job->parts,
@@ -241,18 +243,21 @@ static void ffn_part(void *context, size_t part) {
         float h[TOKENS][BATCH];
         for (size_t i = 0; i < count; i++) {
             records[i] = live_record(job, first + i);
+            if (!computed) continue;
             rows[i] = row_at(call, lead, records[i]);
             soon[i] = row_at(call, lead, live_record(job, least(first + i + job->ahead, end - 1)));
         }
-        simd->dots(&job->x, rows, soon, count, h[0], BATCH);
+        if (computed) simd->dots(&job->x, rows, soon, count, h[0], BATCH);
         size_t open = 0; /* those which some token leaves on, moved to the front */
         for (size_t i = 0; i < count; i++) {
             const float bias = lead_bias == NULL ? 0 : lead_bias[records[i]];
-            for (size_t t = 0; t < m; t++) h[t][open] = activate(call->act, call->threshold, h[t][i] + bias);
+            for (size_t t = 0; t < m; t++)
+                h[t][open] = computed ? activate(call->act, call->threshold, h[t][i] + bias)
+                                      : call->hidden[(job->first_token + t) * call->n + records[i]];
             records[open] = records[i];
             open += any(h, m, open);
         }
-        if (call->gated && open > 0) {
+        if (gated && open > 0) {
             float up[TOKENS][BATCH];
             for (size_t i = 0; i < open; i++) rows[i] = row_at(call, call->up, records[i]);
             for (size_t i = 0; i < open; i++) soon[i] = rows[least(i + job->ahead, open - 1)];
@@ -311,7 +316,8 @@ bool compute_ffn(const struct ffn *call) {
         struct ffn_job job = {.call = call, .live = live, .live_count = live_count, .parts = parts,
                               .first_token = t, .ahead = rows_ahead(&call->format)};
         const size_t d = call->format.cols;
-        ready = prepare(&call->format, call->x + t * d, least(TOKENS, call->m - t), &arranged, &job.x);
+        const float *x = call->hidden == NULL ? call->x + t * d : NULL;
+        ready = prepare(&call->format, x, least(TOKENS, call->m - t), &arranged, &job.x);
         ready = ready && reserve(&accumulators, parts * sum_size(&job));
         if (!ready) break;
         job.sums = accumulators.data;

@@ -37,7 +37,7 @@ struct part {
     size_t weights, scales, biases;
 };
 
-/* out[m, d] += act(x @ up^T + up_bias) @ down, over the first n records of a pool. */
+/* out[m, d] += act(x @ up^T + up_bias) @ down, over the first n records of a pool; or hidden[m, n] @ down. */
 struct ffn {
     struct format format;
     const uint8_t *pool;
@@ -49,7 +49,7 @@ struct ffn {
     float threshold;
     const uint8_t *mask; /* [n]: 0 leaves a record out; or NULL */
     uint8_t *active;     /* [m, n]: whether the record took part; or NULL */
-    const float *x;
+    const float *x, *hidden; /* x is not looked at where hidden is there */
     float *out;
 };
 

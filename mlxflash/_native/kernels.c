@@ -202,31 +202,33 @@ static bool parse_part(const char *name, const struct format *format, size_t str
 }
 
 PyDoc_STRVAR(ffn_doc,
-"ffn(out, x, pool, n, dtype, m, d, record_stride, *, gate=-1, up, down, gate_bias=None, up_bias=None,\n"
+"ffn(out, x, pool, n, dtype, m, d, record_stride, *, gate=-1, up=-1, down, gate_bias=None, up_bias=None,\n"
 "    act='relu', threshold=0.0, slots_mask=None, group=0, bits=0, scale_dtype=None, gate_scales=-1,\n"
-"    gate_biases=-1, up_scales=-1, up_biases=-1, down_scales=-1, down_biases=-1, active=None)\n\n"
+"    gate_biases=-1, up_scales=-1, up_biases=-1, down_scales=-1, down_biases=-1, active=None, hidden=None)\n\n"
 "Adds to out[m, d] the feed-forward of x[m, d] over the first n records of a pool. A record holds a row of d\n"
 "values for up and down, and for gate unless that is -1, at these byte offsets. h = act(up.x + up_bias), or\n"
 "act(gate.x + gate_bias) * (up.x + up_bias); out += h * down. act: relu, relu2, fatrelu (v where\n"
 "v > threshold), silu, gelu, gelu_tanh, drelu (relu on both). Biases are float32 [n]; slots_mask is uint8 [n],\n"
-"0 to leave a record out; active, uint8 [m, n], receives h != 0. Rows that meet only zeros are not read.");
+"0 to leave a record out; active, uint8 [m, n], receives h != 0. Rows that meet only zeros are not read.\n"
+"hidden, float32 [m, n], is h itself: records then need no up, and x may be None.");
 
 static PyObject *ffn(PyObject *module, PyObject *args, PyObject *kwargs) {
     (void)module;
     static char *names[] = {"out", "x", "pool", "n", "dtype", "m", "d", "record_stride", "gate", "up", "down",
                             "gate_bias", "up_bias", "act", "threshold", "slots_mask", "group", "bits", "scale_dtype",
                             "gate_scales", "gate_biases", "up_scales", "up_biases", "down_scales", "down_biases",
-                            "active", NULL};
-    PyObject *out, *x, *pool, *gate_bias = Py_None, *up_bias = Py_None, *mask = Py_None, *active = Py_None;
+                            "active", "hidden", NULL};
+    PyObject *out, *x, *pool, *gate_bias = Py_None, *up_bias = Py_None, *mask = Py_None, *active = Py_None,
+                              *hidden = Py_None;
     const char *dtype, *scale_dtype = NULL, *act = "relu";
     Py_ssize_t n, m, d, stride, group = 0, gate = -1, up = -1, down = -1, gate_scales = -1, gate_biases = -1,
                                 up_scales = -1, up_biases = -1, down_scales = -1, down_biases = -1;
     float threshold = 0;
     int bits = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOnsnnn|$nnnOOsfOniznnnnnnO", names, &out, &x, &pool, &n, &dtype,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOnsnnn|$nnnOOsfOniznnnnnnOO", names, &out, &x, &pool, &n, &dtype,
                                      &m, &d, &stride, &gate, &up, &down, &gate_bias, &up_bias, &act, &threshold,
                                      &mask, &group, &bits, &scale_dtype, &gate_scales, &gate_biases, &up_scales,
-                                     &up_biases, &down_scales, &down_biases, &active))
+                                     &up_biases, &down_scales, &down_biases, &active, &hidden))
         return NULL;
     struct ffn call = {.n = (size_t)n, .m = (size_t)m, .record_stride = (size_t)stride, .gated = gate >= 0,
                        .threshold = threshold};
@@ -236,7 +238,8 @@ static PyObject *ffn(PyObject *module, PyObject *args, PyObject *kwargs) {
         !parse_format(dtype, scale_dtype, d, group, bits, format) || !parse_act(act, call.gated, &call.act) ||
         (call.gated && !parse_part("gate", format, call.record_stride, gate, gate_scales, gate_biases, &call.gate,
                                    &extent)) ||
-        !parse_part("up", format, call.record_stride, up, up_scales, up_biases, &call.up, &extent) ||
+        (hidden == Py_None &&
+         !parse_part("up", format, call.record_stride, up, up_scales, up_biases, &call.up, &extent)) ||
         !parse_part("down", format, call.record_stride, down, down_scales, down_biases, &call.down, &extent) ||
         (!call.gated && gate_bias != Py_None && !fail("gate_bias needs a gate")))
         return NULL;
@@ -245,7 +248,8 @@ static PyObject *ffn(PyObject *module, PyObject *args, PyObject *kwargs) {
     bool had_memory = true;
     const bool done =
         (call.out = view(&held, out, "out", FLOATS | WRITABLE, floats)) != NULL &&
-        (call.x = view(&held, x, "x", FLOATS, floats)) != NULL &&
+        view_optional(&held, hidden, "hidden", FLOATS, times(times(call.m, call.n), 4), &call.hidden) &&
+        (call.hidden != NULL || (call.x = view(&held, x, "x", FLOATS, floats)) != NULL) &&
         (call.pool = view(&held, pool, "pool", BYTES, rows_extent(call.n, call.record_stride, extent))) != NULL &&
         view_optional(&held, gate_bias, "gate_bias", FLOATS, times(call.n, 4), &call.gate_bias) &&
         view_optional(&held, up_bias, "up_bias", FLOATS, times(call.n, 4), &call.up_bias) &&

@@ -5,7 +5,7 @@ activations are. The rest of the package never asks which device it runs on.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Protocol
 
@@ -30,7 +30,8 @@ class FFN:
     """What the parts of a record mean: `plain` is act(up.x) * down, `gated` is act(gate.x) * (up.x) * down; `experts`
     and `blocks` (of neurons, gated where there is a gate) are whole matrices.
 
-    The activation `drelu` is gated and a ReLU of both products; `fatrelu` passes what is above `threshold`.
+    The activation `drelu` is gated and a ReLU of both products; `fatrelu` passes what is above `threshold`. `down` is
+    what is left of either where the activations are known (`sketched`): rows compute with those in the place of x.
     """
 
     layout: str
@@ -75,6 +76,10 @@ class FFN:
     def format(self, name: str) -> tuple[int, int]:
         """Bits and group size of a quantised matrix."""
         return self.formats.get(name, (self.bits, self.group_size))
+
+    def sketched(self) -> "FFN":
+        """The same without what makes the activations."""
+        return replace(self, layout="down", record=self.record.only("down", "down_scales", "down_biases"))
 
     def _products(self) -> tuple[str, ...]:
         return ("gate", "up") if self.gated else ("up",)
@@ -214,9 +219,10 @@ class Rows(Protocol):
         """Finish, or `discard`, computations that still read rows: they may be overwritten afterwards."""
 
     def ffn(
-        self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
+        self, x: mx.array | np.ndarray, n: int, keep: np.ndarray | None = None, watch: int = 0
     ) -> tuple[mx.array, np.ndarray | None]:
-        """The FFN of rows [0, n) for x [tokens, d_model]: y [tokens, d_model], without the layer's output bias.
+        """The FFN of rows [0, n) for x [tokens, d_model]: y [tokens, d_model], without the layer's output bias. Of a
+        sketched FFN x is the rows' activations, float32 [tokens, n], on the host.
 
         `keep`, bool [n], leaves rows out. With `watch` the second value is bool [watch, n]: which rows were active
         (a product other than zero) for each of the last `watch` tokens. What lies in rows from n on, NaN included,

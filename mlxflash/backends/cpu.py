@@ -215,9 +215,9 @@ class NativeRows:
         self._resident = {p.name: np.zeros(capacity, np.float32) for p in ffn.record.parts if p.offset is None}
         names = [p.name for p in ffn.record.parts if p.offset is not None]
         self._call: dict[str, Any] = {name: ffn.record[name].offset for name in names}
-        self._kind = KINDS.get(ffn.record[ffn.first].dtype, "affine")
+        self._kind = KINDS.get(ffn.record["down"].dtype, "affine")
         if ffn.bits:
-            scales = KINDS[ffn.record[f"{ffn.first}_scales"].dtype]
+            scales = KINDS[ffn.record["down_scales"].dtype]
             self._call |= {"bits": ffn.bits, "group": ffn.group_size, "scale_dtype": scales}
         self._call |= {"act": ffn.activation, "threshold": ffn.threshold}
 
@@ -240,17 +240,19 @@ class NativeRows:
         """Nothing is ever pending: kernels run when they are called."""
 
     def ffn(
-        self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
+        self, x: mx.array | np.ndarray, n: int, keep: np.ndarray | None = None, watch: int = 0
     ) -> tuple[mx.array, np.ndarray | None]:
         assert core is not None
         tokens = len(x)
+        hidden = _host(x) if self._ffn.layout == "down" else None
         out = np.zeros((tokens, self._ffn.d_model), np.float32)
         active = np.zeros((tokens, n), np.uint8) if watch else None
         mask = None if keep is None else keep.astype(np.uint8)
         if n:
             core.ffn(
-                out, _host(x), self._memory.memory, n, self._kind, tokens, self._ffn.d_model, self._ffn.record.stride,
-                slots_mask=mask, active=active, **self._resident, **self._call,
+                out, None if hidden is not None else _host(x), self._memory.memory, n, self._kind, tokens,
+                self._ffn.d_model, self._ffn.record.stride, slots_mask=mask, active=active, hidden=hidden,
+                **self._resident, **self._call,
             )  # fmt: skip
         return mx.array(out), None if active is None else active[-watch:].astype(bool)
 

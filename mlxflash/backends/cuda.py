@@ -124,6 +124,7 @@ class DeviceRows(MLXRows):
     def __init__(self, backend: DeviceBackend, ffn: FFN, capacity: int, door: Door):
         self.capacity = capacity
         self._backend, self._ffn, self._door = backend, ffn, door
+        self._dtype = backend.hidden_dtype(ffn)
         self._pending: mx.array | None = None
         self._stamp = -1  # how often the host had waited for the device when `_pending` was asked for
         self._updated = -1  # the same of the last update
@@ -171,7 +172,7 @@ class DeviceRows(MLXRows):
             mx.synchronize()  # what was only just computed may not be let go of yet
 
     def ffn(
-        self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
+        self, x: mx.array | np.ndarray, n: int, keep: np.ndarray | None = None, watch: int = 0
     ) -> tuple[mx.array, np.ndarray | None]:
         self._flush()
         result = super().ffn(x, n, keep, watch)

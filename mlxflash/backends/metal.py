@@ -109,10 +109,16 @@ class MLXBackend:
         if ffn.layout == "experts":
             compute = mx.float32 if self._device == mx.cpu else None
             return MLXExperts(ffn, capacity, staging, shared_array if self._alias else None, compute)
-        return MLXRows(ffn, capacity, staging, self._has_records(ffn), self._alias)
+        return MLXRows(ffn, capacity, staging, self._has_records(ffn), self._alias, self.hidden_dtype(ffn))
 
     def _has_records(self, ffn: FFN) -> bool:
         return ffn.layout == "experts" or (self._record_rows and not ffn.bits)
+
+    def hidden_dtype(self, ffn: FFN) -> mx.Dtype:
+        """Of activations that come from the host."""
+        if ffn.bits and self._device == mx.cpu:
+            return mx.float32
+        return MLX[ffn.record["down_scales" if ffn.bits else "down"].dtype]
 
     def slot_bytes(self, ffn: FFN) -> int:
         streamed = ffn.record.stride if self._has_records(ffn) else ffn.record.num_bytes
@@ -160,9 +166,9 @@ class MLXRows:
 
     leaves_out_free = False
 
-    def __init__(self, ffn: FFN, capacity: int, staging: Staging, record_rows: bool, alias: bool):
+    def __init__(self, ffn: FFN, capacity: int, staging: Staging, record_rows: bool, alias: bool, dtype: mx.Dtype):
         self.capacity = capacity
-        self._ffn, self._alias = ffn, alias
+        self._ffn, self._alias, self._dtype = ffn, alias, dtype
         self._pending: mx.array | None = None
         self._arrays: dict[str, mx.array] = {}
         self._host: dict[str, tuple[memoryview, mx.Dtype, tuple[int, ...]]] = {}
@@ -265,12 +271,16 @@ class MLXRows:
         return y
 
     def ffn(
-        self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
+        self, x: mx.array | np.ndarray, n: int, keep: np.ndarray | None = None, watch: int = 0
     ) -> tuple[mx.array, np.ndarray | None]:
         if n == 0:  # the quantised kernels of MLX's CPU device die of zero rows
-            return mx.zeros_like(x), np.zeros((watch, 0), bool) if watch else None
-        first = self._biased(x, self._ffn.first, n)
-        h = activate(self._ffn, first, self._biased(x, "up", n) if self._ffn.gated else None)
+            y = mx.zeros((len(x), self._ffn.d_model), self._dtype if isinstance(x, np.ndarray) else x.dtype)
+            return y, np.zeros((watch, 0), bool) if watch else None
+        if isinstance(x, np.ndarray):
+            h = x = mx.array(x).astype(self._dtype)
+        else:
+            first = self._biased(x, self._ffn.first, n)
+            h = activate(self._ffn, first, self._biased(x, "up", n) if self._ffn.gated else None)
         if keep is not None:
             h = mx.where(mx.array(np.repeat(keep, self._ffn.neurons)), h, mx.zeros((), h.dtype))
         whole = self._ffn.layout == "blocks"

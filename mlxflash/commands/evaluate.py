@@ -20,7 +20,12 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", type=int, default=1024, help="of the text, at most (1024)")
     p.add_argument("--context", type=int, default=512, help="tokens of a stretch, at most (512)")
     p.add_argument("--memory", default=None, help="as for generate")
-    p.add_argument("--predictor", nargs="+", default=[None], choices=["low-bit", "low-rank", "bound", "oracle", "all"])
+    p.add_argument(
+        "--predictor",
+        nargs="+",
+        default=[None],
+        choices=["low-bit", "low-rank", "sketch", "bound", "oracle", "all"],
+    )
     p.add_argument("--fidelity", nargs="+", default=[None], choices=FIDELITIES, help="levels, each with each predictor")
     p.add_argument("--margin", type=float, default=None, help="instead of a level: in standard errors of the estimate")
     p.add_argument("--window", type=int, default=None, help="as for generate")

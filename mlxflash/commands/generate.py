@@ -32,7 +32,7 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--predictor",
         default=None,
-        choices=["low-bit", "low-rank", "bound", "oracle", "all"],
+        choices=["low-bit", "low-rank", "sketch", "bound", "oracle", "all"],
         help="which units a token needs",
     )
     p.add_argument(

@@ -149,6 +149,8 @@ def _levels(bundle: Bundle, predictor: str) -> list[str]:
     found = bundle.manifest.calibration.get("fidelity", {}).get(predictor)
     if not found:
         return []
+    record = bundle.manifest.record
+    part = record.only("down", "down_scales", "down_biases") if predictor == "sketch" else record
     units, lines = sum(layer.units for layer in bundle.manifest.layers), []
     for name, level in ((name, level) for name, measured in found["levels"].items() for level in measured):
         reached = "" if level["met"] else ", as near as the predictor comes"
@@ -158,7 +160,7 @@ def _levels(bundle: Bundle, predictor: str) -> list[str]:
             read = sum(float(np.interp(level["held"], misses["shares"], curve)) for curve in misses["layers"])
         lines.append(
             f"{name}{held}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
-            f"{format_bytes(read * bundle.manifest.record.num_bytes)} per token{reached}"
+            f"{format_bytes(read * part.num_bytes)} per token{reached}"
         )
     return lines
 
@@ -166,6 +168,8 @@ def _levels(bundle: Bundle, predictor: str) -> list[str]:
 def _said(said: dict[str, Any] | None) -> str:
     if not said:
         return "not measured; `mlxflash calibrate` does"
+    if "bits" in said:
+        return f"{', '.join(map(str, said['bits']))} bits by layer, perplexity {math.expm1(said['kl']):+.2%}"
     text = f"recall {said['recall']:.1%}, {said['flagged']:.1%} of units flagged ({said['active']:.1%} active)"
     if "perplexity_change" in said:
         text += f", perplexity {said['perplexity_change']:+.2%} ({said['tokens']} tokens of {said['text']})"

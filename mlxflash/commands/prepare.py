@@ -38,7 +38,7 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--text", default=None, metavar="FILE", help="text to measure on (the model's own)")
     p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
     p.add_argument(
-        "--predictor", default="low-bit", choices=["low-bit", "low-rank", "bound"], help="which one (low-bit)"
+        "--predictor", default="low-bit", choices=["low-bit", "low-rank", "sketch", "bound"], help="which one (low-bit)"
     )
     p.add_argument(
         "--levels",
