@@ -256,7 +256,8 @@ class _Job:
                 shard[f"ffn.{index}.{part}"] = array.astype(DTYPES[self.dtype])
         flush()
         progress("resident weights", len(names), len(names))
-        for pattern in ("config.json", *KEPT_FILES):
+        (self.partial / "config.json").write_text(json.dumps(self.checkpoint.config, indent=2))
+        for pattern in KEPT_FILES:
             for file in self.checkpoint.path.glob(pattern):
                 if file.is_file():
                     shutil.copy(file, self.partial / file.name)

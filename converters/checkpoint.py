@@ -10,11 +10,13 @@ from mlx.utils import tree_flatten
 from mlxflash.converters.torch_zip import TorchFileError, as_safetensors, tensors
 from safetensors import SafetensorError, safe_open
 
-from mlxflash.models import build_model, family_of, ffn_layers, find, may_cast, quantise, quantization_of
+from mlxflash.models import build_model, family_of, ffn_layers, find, may_cast, quantise, quantization_of, text_of
 
 FLOATS = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 DTYPES = FLOATS | {mx.uint32: "uint32", mx.uint8: "uint8"}
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # saved by old transformers, no parameters
+
+TOWERS = ("vision_tower.", "audio_tower.", "multi_modal_projector.", "embed_vision.", "embed_audio.")
 
 
 class CheckpointError(ValueError):
@@ -37,12 +39,16 @@ class Checkpoint:
             self.config: dict[str, Any] = json.loads((path / "config.json").read_bytes())
         except ValueError as error:
             raise CheckpointError(f"{path / 'config.json'}: not JSON ({error})") from None
+        said, self.config = self.config, text_of(self.config)
+        self._beside = self.config is not said  # what sees and hears lies beside the text model
         self.family, self.activation, self.threshold = family_of(self.config, str(path))
         self.quantization = quantization_of(self.config, str(path))
         if self.quantization is not None and self.family.layout != "experts":
             raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
         self.files = _files(path)
         self._check_files()
+        if self.config.get("predictor_size"):
+            self.family, self.activation, self.threshold = family_of(self.config, str(path))
         self._unfit = build_model(self.config, str(path))  # its `sanitize` may change the model, and is called again
         self._model, self._lazy, self._origins = self._fit()
         self.shapes = {name: tuple(array.shape) for name, array in self._lazy.items()}
@@ -56,8 +62,10 @@ class Checkpoint:
                 if file.suffix == ".bin":
                     tensors(file)
                 else:
-                    with safe_open(file, "numpy"):  # checks the header and every offset against the file's size
-                        pass
+                    with safe_open(file, "numpy") as f:  # checks the header and every offset against the file's size
+                        own = [name for name in f.keys() if name.endswith(".mlp.predictor.fc1.weight")]  # noqa: SIM118
+                        if own:  # TurboSparse's config.json does not say that it has them
+                            self.config["predictor_size"] = f.get_slice(own[0]).get_shape()[0]
             except TorchFileError as error:
                 raise CheckpointError(f"{file}: {error}") from None
             except (SafetensorError, OSError) as error:
@@ -76,7 +84,7 @@ class Checkpoint:
             except RuntimeError as error:
                 raise CheckpointError(f"{file}: cannot be read ({error})") from None
             arrays = cast(dict[str, mx.array], loaded)
-            stored |= {self._expected(name): array for name, array in arrays.items()}
+            stored |= {self._expected(name): array for name, array in arrays.items() if not self._left_out(name)}
             said |= {id(array): f"{file}: tensor {name!r}" for name, array in arrays.items()}
         model = copy.copy(self._unfit)
         try:
@@ -87,7 +95,12 @@ class Checkpoint:
             quantise(model, self.quantization, lazy, str(self.path))
         return model, lazy, {name: said[id(array)] for name, array in lazy.items() if id(array) in said}
 
+    def _left_out(self, name: str) -> bool:
+        return self._beside and name.removeprefix("model.").startswith(TOWERS)
+
     def _expected(self, name: str) -> str:
+        if self._beside:
+            name = name.replace("model.language_model.", "model.", 1).removeprefix("language_model.")
         for old, new in self.family.prefixes.items():
             if name.startswith(old):
                 return new + name.removeprefix(old)

@@ -8,7 +8,7 @@ Modules import only from those below themselves:
     converters, evaluate         checkpoints to bundles; what a model says of text
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model
-    ffn, experts                 which units, bring them, compute
+    ffn, experts, routed         which units, bring them, compute
     fidelity                     which active units are worth a read
     predictor, window            x to unit ids; ids to rows held
     backends                     where rows live and how the FFN is computed on them

@@ -132,6 +132,11 @@ class Manifest:
         which have neurons of their own, may not."""
         return self.activation in SPARSE_ACTIVATIONS and self.layout != "experts"
 
+    @property
+    def routed(self) -> bool:
+        """Whether something of the model's own says which units or experts a token needs, and no others count."""
+        return self.layout == "experts" or self.activation.startswith("routed ")
+
     def to_json(self) -> dict[str, Any]:
         return {
             "format": "mlxflash",
@@ -207,6 +212,8 @@ class Bundle:
         """Raises BundleError where units are never zero, so that predicting which are would be wrong."""
         if self.manifest.layout == "experts":
             raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; it is exact")
+        if self.manifest.routed:
+            raise BundleError(f"{self.path}: the model's own predictor says which units a token needs; it is exact")
         if not self.manifest.sparse:
             raise BundleError(
                 f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "

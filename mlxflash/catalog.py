@@ -153,6 +153,11 @@ KNOWN = {
     "prosparse-7b": _llama2("SparseLLM/prosparse-llama-2-7b", "fatrelu", 32, 4096, 11008, 32, 32),
     "prosparse-13b": _llama2("SparseLLM/prosparse-llama-2-13b", "fatrelu", 40, 5120, 13824, 40, 40),
     "minicpm-s-1b": Known("openbmb/MiniCPM-S-1B-sft", "relu", True, 52, 1536, 3840, 24, 8, 122753, 4096, tied=True),
+    "turbosparse-7b": Known(
+        "PowerInfer/TurboSparse-Mistral-Instruct", "drelu", True, 32, 4096, 14336, 32, 8, 32064, 4096
+    ),
+    "bamboo-7b": Known("PowerInfer/Bamboo-base-v0_1", "drelu", True, 32, 4096, 14336, 32, 8, 32000, 4096),
+    "afm-4.5b": Known("arcee-ai/AFM-4.5B", "relu2", False, 36, 2560, 18432, 20, 4, 128004, 65536, head_dim=128),
     "relufalcon-40b": Known("SparseLLM/ReluFalcon-40B", "relu", False, 60, 8192, 32768, 128, 8, 65024, 2048, tied=True),
     "persimmon-8b": Known("adept/persimmon-8b-base", "relu2", False, 36, 4096, 16384, 64, 64, 262144, 16384),
     "nemotron-mini-4b": Known(
@@ -186,8 +191,34 @@ KNOWN = {
     "gemma-2b": Known("google/gemma-2b", "gelu_tanh", True, 18, 2048, 16384, 8, 1, 256000, 8192, True, 256),
     "gemma-2-9b": Known("google/gemma-2-9b", "gelu_tanh", True, 42, 3584, 14336, 16, 8, 256000, 4096, True, 256),
     "gemma-3-1b": Known("google/gemma-3-1b-it", "gelu_tanh", True, 26, 1152, 6912, 4, 1, 262144, 32768, True, 256),
+    "gemma-3-4b": Known("google/gemma-3-4b-pt", "gelu_tanh", True, 34, 2560, 10240, 8, 4, 262208, 131072, True, 256),
+    "gemma-3-12b": Known("google/gemma-3-12b-pt", "gelu_tanh", True, 48, 3840, 15360, 16, 8, 262208, 131072, True, 256),
+    "gemma-3-27b": Known(
+        "google/gemma-3-27b-pt", "gelu_tanh", True, 62, 5376, 21504, 32, 16, 262208, 131072, True, 128
+    ),
+    "mistral-small-24b": Known(
+        "mistralai/Mistral-Small-3.1-24B-Base-2503", "silu", True, 40, 5120, 32768, 32, 8, 131072, 131072, head_dim=128
+    ),
+    "ministral-3-8b": Known(
+        "mistralai/Ministral-3-8B-Base-2512", "silu", True, 34, 4096, 14336, 32, 8, 131072, 262144, head_dim=128
+    ),
     "olmo-2-7b": Known("allenai/OLMo-2-1124-7B", "silu", True, 32, 4096, 11008, 32, 32, 100352, 4096),
+    "olmo-3-7b": Known("allenai/Olmo-3-1025-7B", "silu", True, 32, 4096, 11008, 32, 32, 100278, 65536),
+    "olmo-3-32b": Known("allenai/Olmo-3-1125-32B", "silu", True, 64, 5120, 27648, 40, 8, 100278, 65536),
+    "exaone-4-1.2b": Known(
+        "LGAI-EXAONE/EXAONE-4.0-1.2B", "silu", True, 30, 2048, 4096, 32, 8, 102400, 65536, tied=True
+    ),
+    "exaone-4-32b": Known("LGAI-EXAONE/EXAONE-4.0-32B", "silu", True, 64, 5120, 27392, 40, 8, 102400, 131072),
+    "helium-1-2b": Known("kyutai/helium-1-2b", "silu", True, 28, 2048, 8192, 16, 8, 64000, 4096),
+    "internlm3-8b": Known("internlm/internlm3-8b-instruct", "silu", True, 48, 4096, 10240, 32, 2, 128512, 32768),
+    "mimo-7b": Known("XiaomiMiMo/MiMo-7B-Base", "silu", True, 36, 4096, 11008, 32, 8, 151680, 32768),
+    "hunyuan-7b": Known("tencent/Hunyuan-7B-Instruct", "silu", True, 32, 4096, 14336, 32, 8, 128167, 32768, tied=True),
+    "command-r7b": Known(
+        "CohereLabs/c4ai-command-r7b-12-2024", "silu", True, 32, 4096, 14336, 32, 8, 256000, 8192, tied=True
+    ),
     "phi-2": Known("microsoft/phi-2", "gelu_tanh", False, 32, 2560, 10240, 32, 32, 51200, 2048),
+    "phi-3.5-mini": Known("microsoft/Phi-3.5-mini-instruct", "silu", True, 32, 3072, 8192, 32, 32, 32064, 4096),
+    "phi-4-mini": Known("microsoft/Phi-4-mini-instruct", "silu", True, 32, 3072, 8192, 24, 8, 200064, 4096, tied=True),
     "phi-4": Known("microsoft/phi-4", "silu", True, 40, 5120, 17920, 40, 10, 100352, 16384),
     "glm-4-9b": Known("THUDM/GLM-4-9B-0414", "silu", True, 40, 4096, 13696, 32, 2, 151552, 32768, head_dim=128),
     "gpt2-xl": Known("openai-community/gpt2-xl", "gelu_tanh", False, 48, 1600, 6400, 25, 25, 50257, 1024, tied=True),

@@ -18,10 +18,9 @@ import numpy as np
 from mlxflash.backends import make_backend
 from mlxflash.bundle import Bundle
 from mlxflash.decode import reserved_cache
-from mlxflash.ffn import FlashFFN
 from mlxflash.flash import FlashModel
 from mlxflash.model import load_bundle
-from mlxflash.models import family_of, max_positions
+from mlxflash.models import family_of, find, graft, max_positions
 from mlxflash.predictor import Ids, deciding
 
 STRETCH = 512  # tokens: longer contexts cost time and say nothing more of the FFNs
@@ -298,7 +297,7 @@ def kernel_bytes(direct: bool) -> int | None:
 class _Watch(nn.Module):
     """Stands before an FFN, and before its predictor: bytes read, inputs and flagged units, to files."""
 
-    def __init__(self, ffn: FlashFFN, file: Path):
+    def __init__(self, ffn: Any, file: Path):
         super().__init__()
         layer = ffn._layer
         self._ffn, self._layer, self._predictor = ffn, layer, layer.predictor
@@ -311,9 +310,11 @@ class _Watch(nn.Module):
             layer.predictor = self
         self.nbytes = 0
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *wanted: mx.array) -> mx.array:
         before = self._layer.reader.num_bytes
-        y = self._ffn(x)
+        y = self._ffn(x, *wanted)
+        if wanted:  # what the model's own predictor says
+            self._flagged.append(np.packbits(np.array(wanted[0]).reshape(-1, self._layer.units).any(axis=0)))
         self._bytes += self._layer.reader.num_bytes - before
         np.array(x.reshape(-1, x.shape[-1]).astype(mx.float32)).tofile(self._inputs)
         return y
@@ -343,6 +344,8 @@ class _Watch(nn.Module):
         flags = np.ones_like(truth)
         if self._flagged:
             flags = np.unpackbits(np.stack(self._flagged), axis=1, count=units).astype(bool)
+        if bundle.manifest.routed:
+            truth &= flags
         found = int((truth & flags).sum())
         streamed = bundle.manifest.record.num_bytes * units
         wanted = self._hits + self._misses
@@ -386,6 +389,6 @@ def _watch(model: FlashModel, bundle: Bundle, folder: Path) -> Sequence[_Watch]:
     family, *_ = family_of(bundle.config(), str(bundle.path))
     watches = []
     for index, layer in enumerate(model.flash.owners):
-        watches.append(_Watch(getattr(layer, family.ffn), folder / f"inputs-{index:03d}.f32"))
-        setattr(layer, family.ffn, watches[-1])
+        watches.append(_Watch(find(layer, family.ffn), folder / f"inputs-{index:03d}.f32"))
+        graft(layer, family.ffn, watches[-1])
     return watches

@@ -49,6 +49,7 @@ from mlxflash.pool import Source
 from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
+from mlxflash.routed import RoutedFFN
 from mlxflash.ways import STORED, Way, faster, forecast_of, sizes_of
 from mlxflash.window import Window
 
@@ -117,8 +118,8 @@ def load_bundle(
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
     if own is None and predictor not in (None, *PREDICTORS):
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
-    if mixture and (look_ahead or own is not None):
-        raise ValueError(f"{where}: a mixture's own router says which experts a token needs; it is exact")
+    if manifest.routed and (look_ahead or own is not None):
+        bundle.require_sparse()
     if own is None and predictor not in (None, "all"):
         bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
@@ -128,7 +129,7 @@ def load_bundle(
         predictor = "own"
     elif predictor is None:
         predictor = "low-bit" if manifest.sparse and "low-bit" in bundle.predictors() else "all"
-    if mixture:
+    if manifest.routed:
         predictor = "router"
     level = None
     if predictor in STORED and margin is None:
@@ -218,7 +219,8 @@ def load_bundle(
                 layer.window.hold(np.arange(plan.capacities[i]))
                 rows.settle()  # what is on its way to a device goes there now
             flash.layers.append(layer)
-            graft(owner, family.ffn, FlashExperts(layer) if mixture else FlashFFN(layer))
+            kind = FlashExperts if mixture else RoutedFFN if manifest.routed else FlashFFN
+            graft(owner, family.ffn, kind(layer))
         for here, there in pairwise(flash.layers):
             here.after = there
         if name == "all":  # the next token begins where this one ends

@@ -61,6 +61,7 @@ def reorder(
     target = Path(target)
     if target.exists():
         raise BundleError(f"{target}: already exists; remove it or choose another name")
+    bundle.require_sparse()
     if "low-bit" not in bundle.predictors():
         raise BundleError(f"{bundle.path}: has no low-bit predictor to say which units are read; convert again")
     check_length(tokens)

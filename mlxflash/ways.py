@@ -116,6 +116,8 @@ def sizes_of(
     if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
         chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
         least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
+    elif manifest.routed:
+        token = max(units) * (item + 2)  # what the predictor says of each unit
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident + 4 * state_values(config),

@@ -57,6 +57,7 @@ def dense_model(bundle):
 
     manifest, config = (json.loads((bundle / name).read_text()) for name in ("manifest.json", "config.json"))
     bits = (manifest["quantization"] or {}).get("bits")
+    activation = manifest["activation"].removeprefix("routed ")
     stored = {}
     for file in sorted(bundle.glob("resident*.safetensors")):
         stored |= read_safetensors(file)
@@ -79,14 +80,14 @@ def dense_model(bundle):
                     part = dequantize(part, parts[f"{name}_scales"], parts[f"{name}_biases"], bits)
                 self._parts[name] = mx.array(part), mx.array(stored.get(f"ffn.{index}.{name}_bias", np.float32(0)))
 
-        def __call__(self, x):
+        def __call__(self, x, wanted=True):
             x = x.astype(mx.float32)
             product = {name: x @ part.T + bias for name, (part, bias) in self._parts.items() if name != "down"}
-            h = ACTIVATIONS[manifest["activation"]](product.get("gate", product["up"]), manifest.get("threshold", 0))
+            h = ACTIVATIONS[activation](product.get("gate", product["up"]), manifest.get("threshold", 0))
             if "gate" in product:
-                h = h * (mx.maximum(product["up"], 0) if manifest["activation"] == "drelu" else product["up"])
+                h = h * (mx.maximum(product["up"], 0) if activation == "drelu" else product["up"])
             down, bias = self._parts["down"]
-            return h @ down + bias
+            return (h * wanted) @ down + bias
 
     ACTIVATIONS = {  # noqa: N806
         "relu": lambda x, _: mx.maximum(x, 0),

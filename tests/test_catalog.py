@@ -13,6 +13,12 @@ MILLIONS = {  # parameters, as model cards have them
     "mistral-7b": 7242, "qwen2.5-7b": 7616, "qwen3-8b": 8191, "gemma-2b": 2506, "phi-2": 2780, "olmo-2-7b": 7299,
     "mixtral-8x7b": 46703, "qwen3-30b-a3b": 30532, "olmoe-1b-7b": 6919,
     "gpt2-xl": 1558, "nemotron-mini-4b": 4190, "relufalcon-40b": 41303, "prosparse-7b": 6738, "persimmon-8b": 9400,
+    "turbosparse-7b": 7242, "afm-4.5b": 4620, "olmo-3-7b": 7300, "olmo-3-32b": 32230, "exaone-4-1.2b": 1280,
+    "exaone-4-32b": 32000, "internlm3-8b": 8800, "hunyuan-7b": 7505, "command-r7b": 8028, "phi-3.5-mini": 3821,
+    "phi-4-mini": 3836, "helium-1-2b": 2020,
+    "gemma-3-4b": 3880, "gemma-3-12b": 11766, "gemma-3-27b": 27009, "mistral-small-24b": 23572,
+    "ministral-3-8b": 8490,
+ "mimo-7b": 7620,
 }  # fmt: skip
 
 
@@ -33,7 +39,7 @@ def test_what_is_needed_grows_with_what_there_is(name):
     assert known.nbytes(4) < known.nbytes(8) < known.nbytes()
     assert known.smallest(4) < known.smallest()
     rest = "experts" if known.experts else "exact"
-    assert known.kind == ("sparse" if known.activation in ("relu", "relu2", "fatrelu") else rest)
+    assert known.kind == ("sparse" if known.activation in ("relu", "relu2", "fatrelu", "drelu") else rest)
 
 
 def test_the_arithmetic_is_the_loaders():

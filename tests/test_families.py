@@ -26,7 +26,8 @@ from mlxflash.bundle import Bundle  # noqa: E402
 from mlxflash.calibrate import calibrate, record_inputs  # noqa: E402
 from mlxflash.decode import stream_generate  # noqa: E402
 from mlxflash.evaluate import Dense, evaluate  # noqa: E402
-from mlxflash.models import FAMILIES  # noqa: E402
+from mlxflash.models import FAMILIES, build_model, max_positions  # noqa: E402
+from mlxflash.order import reorder  # noqa: E402
 from mlxflash.thinning import Thin  # noqa: E402
 from mlxflash.train import train  # noqa: E402
 
@@ -66,10 +67,11 @@ def test_every_row_of_the_table_has_a_golden():
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_logits_and_tokens(made, case, backend):
     want = golden(case)
-    sparse = Bundle.open(made(case)).manifest.sparse
-    with load(made(case), backend, "least", "oracle" if sparse else None) as model:
+    manifest = Bundle.open(made(case)).manifest
+    how = "oracle" if manifest.sparse else "router" if manifest.routed else "streaming"
+    with load(made(case), backend, "least", "oracle" if manifest.sparse else None) as model:
         assert not model.flash.plan.whole
-        assert model.flash.mode == ("exact (oracle)" if sparse else "exact (streaming)")
+        assert model.flash.mode == f"exact ({how})"
         logits, said = decode(model, want["tokens"], len(want["greedy"]))
         assert model.flash.snapshot().num_bytes > 0
     assert said == want["greedy"].tolist()
@@ -101,6 +103,9 @@ OTHERWISE = {  # what mlx-lm computes otherwise than transformers: why
     "llama-biased": "SiLU whatever hidden_act says",
     "llama-fatrelu": "SiLU whatever hidden_act says",
     "llama-rope": "reads no rope_parameters",
+    "llama-yarn": "YaRN knows neither truncate nor attention_factor",
+    "phi3-longrope": "LongRoPE by its long factors at every length",
+    "minicpm-longrope": "LongRoPE by its long factors at every length",
     "minicpm": "SiLU whatever hidden_act says; logits of a tied head are not scaled",
     "gemma": "GELU without the tanh",
     "gpt_neox": "GELU with the tanh",
@@ -108,7 +113,7 @@ OTHERWISE = {  # what mlx-lm computes otherwise than transformers: why
     "gpt2": "knows no names that begin with transformer",
     "phi": "32 key-value heads where config.json names none",
 }
-LACKING = ("falcon", "persimmon", "sparsellama", "bamboo")
+LACKING = ("gemma3n_text", "falcon", "persimmon", "sparsellama", "bamboo", "arcee")
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if golden(c)["config"]["model_type"] not in LACKING])
@@ -117,7 +122,7 @@ def test_mlx_lm_says_the_same_or_we_say_why(made, case, tmp_path):
     tokens = golden(case)["tokens"].tolist()
     try:
         model, _ = load_model(tmp_path / "checkpoint", strict=False)
-        theirs = np.array(model(mx.array([tokens]))[0].astype(mx.float32))
+        theirs = np.array(model(mx.array([tokens]), cache=make_prompt_cache(model))[0].astype(mx.float32))
     except ValueError:
         theirs = np.nan
     with load(made(case), "native", "least", None) as model:
@@ -134,13 +139,49 @@ def edited(tmp_path, case, edit=lambda config: None, weights=lambda w: w):
     return tmp_path / "c"
 
 
+@pytest.mark.parametrize(
+    ("kind", "case", "prefix"),
+    [
+        ("gemma3", "gemma3_text", "language_model."),
+        ("gemma3", "gemma3_text-linear", "model.language_"),
+        ("gemma3n", "gemma3n", "model.language_"),
+        ("mistral3", "mistral", "language_model."),
+    ],
+)
+def test_the_text_of_what_sees_and_hears(tmp_path, kind, case, prefix):
+    def nested(config):
+        text = dict(config)
+        config.clear()
+        config.update(model_type=kind, text_config=text, vision_config={"hidden_size": 8}, eos_token_id=2)
+
+    def beside(weights):
+        eye = {"vision_tower.x.weight": np.ones((2, 2), np.float32)}
+        old = {f"{prefix}{name}": array for name, array in weights.items() if not name.startswith("lm_head")}
+        head = {f"language_model.{name}": array for name, array in weights.items() if name.startswith("lm_head")}
+        return old | head | (eye if prefix == "language_model." else {f"model.{k}": v for k, v in eye.items()})
+
+    bundle = convert(edited(tmp_path, case, nested, beside), tmp_path / "m.flash")
+    assert bundle.config()["eos_token_id"] == 2
+    want = golden(case)
+    with load(bundle.path, "native", "least", None) as model:
+        logits, _ = decode(model, want["tokens"])
+    np.testing.assert_allclose(logits, want["logits"], rtol=1e-4, atol=1e-4 * np.abs(want["logits"]).max())
+
+
 GATE = "model.layers.1.mlp.gate_proj.weight"
 BAD = {
     "unknown family": (lambda c: c.update(model_type="rwkv7"), None, "model_type 'rwkv7' is not supported; supp"),
+    "no family of ours": (lambda c: c.update(model_type="bitnet"), None, "model_type 'bitnet' .*: it rounds a token's"),
     "no activation": (lambda c: c.update(hidden_act=7), None, "hidden_act 7 is not supported for llama"),
     "unknown activation": (lambda c: c.update(hidden_act="mish"), None, "hidden_act 'mish' is not supported for llama"),
     "no threshold": (
         lambda c: c.update(hidden_act="fatrelu", hidden_act_param="x"), None, "hidden_act_param 'x' .* no threshold"
+    ),
+    "unknown positions": (
+        lambda c: c.update(rope_scaling={"type": "ntk", "factor": 2.0}), None, "rope_scaling 'ntk' .* not supported"
+    ),
+    "no factor": (
+        lambda c: c.update(rope_scaling={"type": "yarn", "factor": "x"}), None, "factor 'x' of rope_scaling .* no pos"
     ),
     "no heads": (lambda c: c.update(num_key_value_heads=-1), None, "num_key_value_heads in config.json is -1"),
     "missing": (None, lambda w: {k: v for k, v in w.items() if k != GATE}, f"tensor '{GATE}' is missing"),
@@ -157,6 +198,25 @@ def test_a_checkpoint_that_cannot_be_computed_is_refused(tmp_path, what):
     with pytest.raises(ValueError, match=said):
         convert(source, tmp_path / "made.flash")
     assert not (tmp_path / "made.flash").exists()
+
+
+def test_positions_that_would_be_computed_otherwise_are_refused():
+    """Scaled where the class does not scale; LongRoPE beyond its original length, where all tokens would turn anew."""
+    with pytest.raises(ValueError, match=r"its class ignores rope_scaling 'linear'"):
+        build_model(golden("stablelm")["config"] | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "here")
+    two = {"full_attention": {"rope_theta": 500000.0}, "sliding_attention": {"rope_theta": 10000.0}}
+    with pytest.raises(ValueError, match="its class knows one rope_theta for all layers"):
+        build_model(golden("olmo3")["config"] | {"rope_parameters": two, "rope_scaling": None}, "here")
+    with pytest.raises(ValueError, match="its class ignores partial_rotary_factor"):
+        build_model(golden("llama")["config"] | {"partial_rotary_factor": 0.5}, "here")
+    config = golden("phi3-longrope")["config"]
+    assert max_positions(config) == config["original_max_position_embeddings"] < config["max_position_embeddings"]
+    sliding = {"layer_types": ["full_attention"] * 3}
+    with pytest.raises(ValueError, match="layer_types are not those of sliding_window_pattern 'LG'"):
+        build_model(golden("exaone4")["config"] | sliding, "here")
+    short = {"rope_scaling": config["rope_scaling"] | {"short_factor": [1.0]}}
+    with pytest.raises(ValueError, match="short_factor of rope_scaling has 1 numbers, not 6"):
+        build_model(config | short, "here")
 
 
 def test_a_bundle_whose_config_names_another_activation_is_refused(made, tmp_path):
@@ -177,6 +237,54 @@ def test_what_is_never_zero_is_never_left_out(made, predictor):
             measure(Bundle.open(made("llama")), [np.arange(40)] * 8)
     assert Bundle.open(made("llama")).predictors() == []
     assert Bundle.open(made("llama-relu")).predictors() == ["low-bit"]
+
+
+@pytest.mark.parametrize("backend", ["native", "parts-alias", "records-copy", "discrete"])
+@pytest.mark.parametrize("budget", ["least", "part", "room", "whole"])
+def test_what_a_model_s_own_predictor_leaves_out_is_never_computed_nor_read(made, backend, budget):
+    """Prompts in any pieces, through the window and in blocks: units held for other tokens do not count here."""
+    path = made("turbosparse")
+    tokens = np.random.default_rng(5).integers(3, 96, 120).tolist()
+    want = np.array(families.dense_model(path)(mx.array([tokens]))[0])
+    with load(path, backend, budget, None) as model:
+        for pieces in ([120], [1, 2, 70, 1, 46], [64, 56]):
+            model.flash.forget()
+            cache, got, first = make_prompt_cache(model), [], 0
+            for n in pieces:
+                got.append(np.array(model(mx.array([tokens[first : first + n]]), cache=cache)[0]))
+                first += n
+            assert_same_logits(np.concatenate(got), want, TOLERANCE[mx.float32])
+        if budget == "least":
+            before = model.flash.snapshot().num_bytes
+            decode(model, tokens[:16])
+            read = (model.flash.snapshot().num_bytes - before) / 16
+            assert 0 < read < 0.75 * Bundle.open(path).streamed_bytes()
+
+
+@pytest.mark.parametrize("case", ["turbosparse", "gemma3n"])
+def test_evaluation_of_what_streams_in_part(made, case):
+    tokens = np.random.default_rng(5).integers(3, 96, 60)
+    with load(made(case), "native", "least", None) as model:
+        memory, units = model.flash.plan.memory, model.flash.plan.units
+    with Dense(Bundle.open(made(case)), tokens, memory=memory, context=60) as dense:
+        said = evaluate(dense)
+    assert said.fidelity == "exact"
+    assert abs(said.kl) < 1e-6
+    assert said.recall == 1
+    assert len(said.layers) == len(units)
+    assert (said.flagged < 0.75) == (case == "turbosparse")
+
+
+def test_a_predictor_that_is_the_model_s_own_stands_for_all_others(made):
+    for predictor in ("oracle", "low-bit"):
+        with pytest.raises(ValueError, match="the model's own predictor says which units a token needs; it is exact"):
+            load(made("turbosparse"), "native", "least", predictor)
+    for measure in (calibrate, train):
+        with pytest.raises(ValueError, match="the model's own predictor says which units"):
+            measure(Bundle.open(made("turbosparse")), [np.arange(40)] * 8)
+    with pytest.raises(ValueError, match="the model's own predictor says which units"):  # whose rows it would permute
+        reorder(Bundle.open(made("turbosparse")), made("turbosparse").with_name("other"), np.arange(40))
+    assert Bundle.open(made("turbosparse")).predictors() == []
 
 
 @pytest.mark.parametrize("case", ["llama-fatrelu", "bamboo"])

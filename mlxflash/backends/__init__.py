@@ -46,7 +46,7 @@ class FFN:
             raise BundleError(f"{where}: {manifest.layout} units of mode {q['mode']!r} are unknown; convert again")
         ffn = cls(
             manifest.layout,
-            manifest.activation,
+            manifest.activation.removeprefix("routed "),
             manifest.record,
             manifest.d_model,
             q["bits"],

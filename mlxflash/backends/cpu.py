@@ -90,7 +90,11 @@ class CPUBackend:
                     owner = owner[int(step)] if isinstance(owner, list) else getattr(owner, step)
                 matrix = _take_matrix(path, module, weights)
                 bias = weights.pop(f"{path}.bias").mlx() if "bias" in module else None
-                setattr(owner, name, NativeLinear(matrix, bias) if linear else NativeEmbedding(matrix))
+                new = NativeLinear(matrix, bias) if linear else NativeEmbedding(matrix)
+                if isinstance(owner, list):
+                    owner[int(name)] = new
+                else:
+                    setattr(owner, name, new)
         replace_attention(model)
         for name, array in weights.items():
             weights[name] = array.mlx().astype(mx.float32) if len(array.shape) < 2 else array.mlx()

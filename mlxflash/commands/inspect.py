@@ -94,7 +94,11 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "streamed_bytes": bundle.streamed_bytes(),
         "resident_bytes": bundle.resident_bytes(),
         "predictors": {n: sum(f.stat().st_size for f in bundle.predictor_files(n)) for n in bundle.predictors()},
-        "runs": "sparse: predicted units only" if m.sparse else "exact: every unit, streamed where it is not held",
+        "runs": "sparse: predicted units only"
+        if m.sparse
+        else "routed: what the model's own router names, exactly"
+        if m.routed
+        else "exact: every unit, streamed where it is not held",
         "calibration": m.calibration,
         "source": m.source,
     }

@@ -53,10 +53,78 @@ CASES = {
             "original_max_position_embeddings": 32,
         },
     },
+    "llama-linear": LLAMA
+    | {"model_type": "llama", "hidden_act": "silu", "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama-dynamic": LLAMA
+    | {"model_type": "llama", "hidden_act": "silu", "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "qwen2-yarn": LLAMA
+    | {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False, "rope_theta": 300.0}
+    | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "llama-yarn": LLAMA
+    | {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rope_theta": 300.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "attention_factor": 1.3,
+            "beta_fast": 3.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+        },
+    },
+    "phi3-longrope": LLAMA
+    | {
+        "model_type": "phi3",
+        "hidden_act": "silu",
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 96,
+        "max_position_embeddings": 384,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+            "long_factor": [1.0, 2.0, 5.0, 9.0, 14.0, 20.0],
+        },
+    },
+    "minicpm-longrope": LLAMA
+    | {
+        "model_type": "minicpm",
+        "hidden_act": "silu",
+        "scale_emb": 3,
+        "scale_depth": 1.2,
+        "dim_model_base": 48,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.6, 2.0, 2.5, 3.0],
+            "long_factor": [1.0, 2.0, 3.0, 5.0, 9.0, 14.0, 20.0, 30.0],
+            "original_max_position_embeddings": 128,
+        },
+    },
     "llama-fatrelu": LLAMA | {"model_type": "llama", "hidden_act": "fatrelu", "hidden_act_param": 0.3},
     "sparsellama": LLAMA | {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.1},
     "mistral": LLAMA | {"model_type": "mistral", "hidden_act": "silu", "sliding_window": 96},
+    "ministral3": {k: v for k, v in LLAMA.items() if k != "rope_theta"}
+    | {"model_type": "ministral3", "hidden_act": "silu", "head_dim": 16, "sliding_window": None, "pad_token_id": 0}
+    | {
+        "rope_parameters": {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "rope_theta": 300.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
     "bamboo": LLAMA | {"model_type": "bamboo", "hidden_act": "relu", "sliding_window": None},
+    "turbosparse": LLAMA | {"model_type": "bamboo", "hidden_act": "relu", "sliding_window": 96},
     "qwen2": LLAMA | {"model_type": "qwen2", "hidden_act": "silu", "sliding_window": 32, "use_sliding_window": False},
     "qwen3": LLAMA | {"model_type": "qwen3", "hidden_act": "silu", "head_dim": 24, "tie_word_embeddings": True},
     "olmo2": LLAMA | {"model_type": "olmo2", "hidden_act": "silu"},
@@ -91,6 +159,57 @@ CASES = {
         "sliding_window_pattern": 3,
         "rope_local_base_freq": 500.0,
         "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text-linear": LLAMA
+    | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 2,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 16,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 500.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "tie_word_embeddings": True,
+    },
+    "olmo3": LLAMA
+    | {
+        "model_type": "olmo3",
+        "hidden_act": "silu",
+        "num_hidden_layers": 3,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_theta": 500000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+    },
+    "gemma3n": LLAMA
+    | {
+        "model_type": "gemma3n_text",
+        "num_hidden_layers": 6,
+        "intermediate_size": [96] * 6,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.9, 0.8, 0.0, 0.0, 0.0, 0.0],
+        "rope_local_base_freq": 500.0,
+        "vocab_size_per_layer_input": 90,
+        "hidden_size_per_layer_input": 16,
+        "altup_active_idx": 0,
+        "altup_coef_clip": 1.0,
+        "altup_correct_scale": True,
+        "altup_num_inputs": 3,
+        "laurel_rank": 8,
+        "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True,
     },
     "granite": LLAMA
@@ -162,6 +281,38 @@ CASES = {
     | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "mamba_num_heads": 8, "mamba_head_dim": 16}
     | {"ssm_state_size": 32, "n_groups": 2, "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
     | {"attention_bias": False, "mlp_bias": True, "use_bias": False, "mamba_proj_bias": False},
+    "exaone4": LLAMA
+    | {"model_type": "exaone4", "hidden_act": "silu", "head_dim": 16, "num_hidden_layers": 3}
+    | {"sliding_window": 16, "sliding_window_pattern": "LG", "tie_word_embeddings": True}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    | {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "exaone4-full": LLAMA
+    | {"model_type": "exaone4", "hidden_act": "silu", "head_dim": 16, "sliding_window": None}
+    | {"sliding_window_pattern": None, "layer_types": ["full_attention", "full_attention"]}
+    | {"rope_scaling": None},
+    "helium": LLAMA
+    | {"model_type": "helium", "hidden_act": "silu", "head_dim": 16, "attention_bias": False, "mlp_bias": False},
+    "internlm3": LLAMA
+    | {"model_type": "internlm3", "hidden_act": "silu", "head_dim": 16, "bias": False, "qkv_bias": False}
+    | {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
+    "mimo": LLAMA | {"model_type": "mimo", "hidden_act": "silu", "use_sliding_window": False},
+    "hunyuan_v1_dense": LLAMA
+    | {"model_type": "hunyuan_v1_dense", "hidden_act": "silu", "head_dim": 16, "use_qk_norm": True}
+    | {"rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "type": "dynamic"}}
+    | {"tie_word_embeddings": True},
+    "cohere2": LLAMA
+    | {"model_type": "cohere2", "hidden_act": "silu", "head_dim": 16, "logit_scale": 0.5, "layer_norm_eps": 1e-5}
+    | {"num_hidden_layers": 4, "sliding_window": 16, "sliding_window_pattern": 2, "tie_word_embeddings": True}
+    | {"pad_token_id": 0},
+    "arcee": LLAMA | {"model_type": "arcee", "hidden_act": "relu2", "head_dim": 16},
     "starcoder2": LLAMA
     | {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": 100}
     | {"tie_word_embeddings": True},
@@ -170,6 +321,7 @@ STAND_INS = {
     "sparsellama": "llama",
     "bamboo": "mistral",
     "minicpm": "granite",
+    "mimo": "qwen2",
 }  # whose own code lies beside their weights on the hub
 
 
@@ -203,6 +355,20 @@ def build(case, config):
 
         for layer in model.model.layers:
             layer.mlp.forward = drelu.__get__(layer.mlp)
+    if case == "turbosparse":  # its own predictor's units alone, from the residual before its norm; the hub's code
+
+        def routed(mlp, x):
+            wanted = mlp.predictor.fc2(torch.relu(mlp.predictor.fc1(mlp.before))).sigmoid().round()
+            return mlp.down_proj(wanted * torch.relu(mlp.gate_proj(x)) * torch.relu(mlp.up_proj(x)))
+
+        for layer in model.model.layers:
+            layer.mlp.predictor = torch.nn.Module()
+            layer.mlp.predictor.fc1 = torch.nn.Linear(config["hidden_size"], 24, bias=False).double()
+            layer.mlp.predictor.fc2 = torch.nn.Linear(24, config["intermediate_size"], bias=False).double()
+            layer.mlp.forward = routed.__get__(layer.mlp)
+            layer.post_attention_layernorm.register_forward_pre_hook(
+                lambda _, given, mlp=layer.mlp: setattr(mlp, "before", given[0])
+            )
     return model
 
 
