@@ -3,31 +3,37 @@
 One run, one table, cold (direct reads; the page cache never holds what is read):
 
     naive      every weight, resident ones too, read again for every token, sequential, while the layer before computes
-    hybrid     the budget resident, the rest of the feed-forward weights streamed for every token
+    hybrid     the budget resident, the rest of the feed-forward weights streamed for every token, beside its limit:
+               the same reads with nothing computed
     resident4  the same shape in 4 bits, which fits the budget: nothing is read
     flash      units a trace says, in pools of the same budget; look-ahead reads run while layers compute
 
-Weights are random, so which units a token needs is a trace's word (trace.py; the published statistics of OPT-6.7B by
-default). A predictor of the paper's size and ranks runs beside it in every layer, its memory and time counted; the
-trace's early ids are released only when a predictor a layer ahead could have named them, its late ids when the one
-inside the layer could, each after the predictor's products. `flash, no look-ahead` and `perfect look-ahead` (every
-late id early: a bound, no predictor does that) stand beside it.
+A shape whose activation is never zero (falcon-7b, tinyllama) has the first three: hybrid is how it runs. Weights are
+random, so which units a token needs is a trace's word (trace.py, to the statistics published of the shape, shapes.py).
+A predictor of the paper's size and ranks runs beside it in every layer, its memory and time counted; the trace's early
+ids are released only when a predictor a layer ahead could have named them, its late ids when the one inside the layer
+could, each after the predictor's products. `flash, no look-ahead` and `perfect look-ahead` (every late id early: a
+bound, no predictor does that) stand beside it.
 
 Limits are fio's rates, our own reader's where there is no fio, and the memory rate of the device that computes.
 
 What it does not show: fidelity (nothing here can; see fidelity.py), other victim orders, a MacBook.
 
     python benchmarks/end_to_end.py --shape opt-6.7b --memory 55% [--dir FOLDER] [--tokens 24]
+    python benchmarks/end_to_end.py --shape falcon-7b-relu --layers 4    # a quick look, in proportion
+
+`--layers` runs the shape's first layers, with as small a part of its vocabulary.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from trace import Sets, Trace, describe, synthetic
@@ -36,16 +42,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from disk import BATCH_BYTES, Op, measure_ours
-from naive import Outcome, decode, run_hybrid, run_naive
-from shapes import SHAPES, write_bundle
+from naive import Outcome, decode, load_exact, run_naive
+from shapes import SHAPES, Activity, write_bundle
+from streaming import read_seconds
 
+from mlxflash import pool
 from mlxflash._native import core
 from mlxflash.backends import Backend, Matrix, make_backend
 from mlxflash.backends.cuda import DeviceBackend
 from mlxflash.bundle import Bundle
 from mlxflash.diskprofile import disk_profile
 from mlxflash.flash import FlashModel
-from mlxflash.forecast import Work, forecast, machine_profile
+from mlxflash.forecast import COPY, Work, forecast, machine_profile
 from mlxflash.lookahead import RANK, WIDTH_PER_RANK, Fit, LookAhead
 from mlxflash.misses import misses_per_token
 from mlxflash.model import load_bundle
@@ -57,7 +65,7 @@ from mlxflash.reader import make_reader
 CONTEXT = 384
 ON_GPU = ("metal", "cuda")
 RECALL, OVER = 0.587, 0.658  # the look-ahead as measured on the story model, layers 1-5, held-out text (RESULTS.md)
-LATE_LAYERS, RANKS = 4, (128, 1024)  # LLM in a flash, OPT-6.7B: rank 128, in the last four layers 1024
+WIDE = 8  # one layer of so many has a predictor of the larger rank
 
 
 class Paced:
@@ -70,6 +78,13 @@ class Paced:
         mx.eval(self._down.weight, self._up.weight)
         self.nbytes = self._down.nbytes + self._up.nbytes
         self.backend, self.sets, self.layer, self.token = backend, sets, layer, 0
+
+    @classmethod
+    def of(cls, bundle: Bundle, backend: Backend, sets: Sets, activity: Activity) -> list["Paced"]:
+        """One per layer."""
+        m, ranks = bundle.manifest, activity.ranks
+        wide = len(m.layers) - max(1, len(m.layers) // WIDE)
+        return [cls(backend, x.units, m.d_model, ranks[i >= wide], sets, i) for i, x in enumerate(m.layers)]
 
     def start(self, x: mx.array) -> Ids:
         product = self.backend.project(x, self._down, self._up)
@@ -98,15 +113,14 @@ def run_flash(
     warm: int,
     backend: Backend,
     trace: Trace,
+    activity: Activity,
     early: str | None,
     host_memory_size: str | None = None,
+    foresee: bool = True,
 ) -> Outcome:
-    """Decode with the trace's late sets; `early` names the sets that are asked for a layer ahead, None: none."""
-    m = bundle.manifest
-    predictors = []
-    for i, layer in enumerate(m.layers):
-        rank = RANKS[i >= len(m.layers) - LATE_LAYERS]
-        predictors.append(Paced(backend, layer.units, m.d_model, rank, trace.sets["late"], i))
+    """Decode with the trace's late sets; `early` names the sets that are asked for a layer ahead, None: none. To
+    `foresee` the time, the machine may have to be measured, which takes memory of its own."""
+    predictors = Paced.of(bundle, backend, trace.sets["late"], activity)
     # A virtual machine's host takes back memory that was freed, and gives it again at 0.4 GB/s (RESULTS.md).
     host_memory(bundle.resident_bytes()).release()
     begin = time.perf_counter()
@@ -126,13 +140,36 @@ def run_flash(
             link(model, trace.sets[early])
         model.flash.mode = "replayed trace"
         name = {None: "flash, no look-ahead", "early": "flash", "late": "perfect look-ahead"}[early]
-        outcome = decode(model, tokens, warm, name + (", host tier" if host_memory_size else ""))
+        read = model.flash.snapshot().num_bytes
+        with timed_copies() as copies:
+            outcome = decode(model, tokens, warm, name + (", host tier" if host_memory_size else ""))
+        read = model.flash.snapshot().num_bytes - read
+        outcome.staged_bytes = sum(size for size, _ in copies) * outcome.bytes_per_token / read
+        outcome.staged_s = sum(seconds for _, seconds in copies) * outcome.bytes_per_token / read
         outcome.held_bytes = held_bytes(model)
         outcome.ready_s, outcome.memory_bytes = ready, model.flash.plan.memory
         outcome.plan = model.flash.describe()
-        if not model.flash.plan.whole and backend.name in ("cpu", "mlx-cpu", "metal"):  # the forecast knows no bus
+        knows = foresee and not model.flash.plan.whole
+        if knows and backend.name in ("cpu", "mlx-cpu", "metal"):  # the forecast knows no bus
             outcome.forecast_s = foreseen(model, trace, early, backend)
         return outcome
+
+
+@contextlib.contextmanager
+def timed_copies() -> Iterator[list[tuple[int, float]]]:
+    """Bytes and seconds of every copy out of staging, where records that are no whole blocks pass through."""
+    copy, copies = pool.copy_rows, []
+
+    def timed(*args: Any) -> None:
+        begin = time.perf_counter()
+        copy(*args)
+        copies.append((len(args[5]) * args[6], time.perf_counter() - begin))
+
+    pool.copy_rows = timed
+    try:
+        yield copies
+    finally:
+        pool.copy_rows = copy
 
 
 def foreseen(model: FlashModel, trace: Trace, early: str | None, backend: Backend) -> float:
@@ -158,9 +195,11 @@ def foreseen(model: FlashModel, trace: Trace, early: str | None, backend: Backen
         misses=misses,
         recall=right,
         over=wrong,
+        staged=not manifest.record.aligned,
     )
     disk = disk_profile([flash.bundle.layer_path(i) for i in range(flash.bundle.num_layers)])
-    return forecast(flash.plan, work, machine_profile(backend, {manifest.dtype, "float16", "float32"}), disk).seconds
+    machine = machine_profile(backend, {manifest.dtype, "float16", "float32", COPY})
+    return forecast(flash.plan, work, machine, disk).seconds
 
 
 def link(model: FlashModel, sets: Sets) -> None:
@@ -178,6 +217,21 @@ def held_bytes(model: FlashModel) -> int:
         + plan.predictor
         + int(model.flash.held_share() * sum(plan.units)) * (plan.pools // sum(plan.capacities))
     )
+
+
+def run_hybrid(bundle: Bundle, memory: str, tokens: np.ndarray, warm: int, backend: Backend, rounds: int) -> Outcome:
+    """Exact streaming, taking turns with the reads of a token alone."""
+    with load_exact(bundle, memory, CONTEXT, backend) as model:
+        turns, alone = [], []
+        for _ in range(rounds):
+            turns.append(decode(model, tokens, warm, "hybrid"))
+            model.flash.layers[0].blocks.drain()
+            if not isinstance(backend, DeviceBackend):  # whose units pass through the host
+                alone.append(read_seconds(model))
+        outcome = Outcome.pooled(turns)
+        outcome.plan, outcome.memory_bytes = model.flash.describe(), model.flash.plan.memory
+        outcome.alone_s = float(np.median(alone)) if alone else 0.0
+        return outcome
 
 
 def run_resident4(
@@ -236,8 +290,10 @@ def timed_rate(work: Callable[[], object], num_bytes: int) -> float:
     return num_bytes / float(np.median(seconds[1:])) / 1e9
 
 
-def prepare(shape: str, folder: Path) -> tuple[Bundle, Bundle]:
-    paths = folder / f"{shape}.flash", folder / f"{shape}-q4.flash"
+def prepare(name: str, folder: Path, layers: int | None = None) -> tuple[Bundle, Bundle]:
+    """The shape's bundles, in float16 and 4 bits, made where they are not there."""
+    shape, name = SHAPES[name].first(layers), f"{name}-{layers}" if layers else name
+    paths = folder / f"{name}.flash", folder / f"{name}-q4.flash"
     for path, bits in zip(paths, (None, 4), strict=True):
         if not (path / "manifest.json").exists():
             write_bundle(shape, path, dtype="float16", bits=bits)
@@ -247,6 +303,7 @@ def prepare(shape: str, folder: Path) -> tuple[Bundle, Bundle]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="opt-6.7b")
+    parser.add_argument("--layers", type=int, default=None, help="only so many of the shape's")
     parser.add_argument("--memory", default="55%", help="budget, as for generate (55%%)")
     parser.add_argument("--tokens", type=int, default=24, help="decoded tokens counted for flash (24)")
     parser.add_argument("--recall", type=float, default=RECALL, help=f"of the early sets ({RECALL})")
@@ -260,42 +317,44 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> None:
-    bundle, quantised = prepare(args.shape, folder)
+    shape = SHAPES[args.shape]
+    bundle, quantised = prepare(args.shape, folder, args.layers)
     manifest, file = bundle.manifest, bundle.layer_path(bundle.num_layers // 2)
     units = manifest.layers[0].units
     warm = 8  # tokens until the window is full of what tokens use
     backend = make_backend(args.device)
     if backend.name not in ON_GPU:
         mx.set_default_device(mx.cpu)  # on a Mac MLX would compute on its GPU whatever the backend is
-    trace = synthetic(bundle.num_layers, units, args.tokens + warm, recall=args.recall, over=args.over)
-    print(describe(trace))
     few = np.full(3, 5)
-    many = np.full(args.tokens + warm, 5)
     rates: dict[str, Any] = {}
-    seconds = 0.5 if args.shape == "tiny" else 2.0
+    seconds = 0.5 if args.shape.startswith("tiny") else 2.0
     rates["sequential"], rates["by"] = disk_rate(file, 1 << 20, "sequential", seconds)
     outcomes = [
         run_naive(bundle, args.memory, few, 1, CONTEXT, backend),
-        run_hybrid(bundle, args.memory, few, 1, CONTEXT, backend),
+        run_hybrid(bundle, args.memory, few, 1, backend, rounds=1 if shape.sparse else 3),
         run_resident4(quantised, args.memory, bundle, np.full(6, 5), 2, backend),
     ]
     for outcome, all_of in zip(outcomes, (bundle, bundle, quantised), strict=True):
         outcome.held_bytes = total_bytes(all_of)
-    rates["random"], rates["by"] = disk_rate(file, manifest.record.stride, "random", seconds)
-    flash = run_flash(bundle, args.memory, many, warm, backend, trace, "early")
-    outcomes += [
-        flash,
-        run_flash(bundle, args.memory, many, warm, backend, trace, None),
-        run_flash(bundle, args.memory, many, warm, backend, trace, "late"),
-    ]
-    if isinstance(backend, DeviceBackend):
-        backend.waits = True  # their time alone, at the price of what they overlap
-        waited = run_flash(bundle, args.memory, many, warm, backend, trace, "early")
-        waited.mode += ", transfers waited for"
-        outcomes.append(waited)
-        backend.waits = False
-    if args.host_memory:
-        outcomes.append(run_flash(bundle, args.memory, many, warm, backend, trace, "early", args.host_memory))
+    if shape.sparse:
+        rates["random"], rates["by"] = disk_rate(file, manifest.record.stride, "random", seconds)
+        trace = synthetic(
+            bundle.num_layers, units, args.tokens + warm, shape.activity, recall=args.recall, over=args.over
+        )
+        print(describe(trace))
+        many = np.full(args.tokens + warm, 5)
+
+        def flash(early: str | None, host: str | None = None) -> Outcome:
+            return run_flash(bundle, args.memory, many, warm, backend, trace, shape.activity, early, host)
+
+        outcomes += [flash("early"), flash(None), flash("late")]
+        if isinstance(backend, DeviceBackend):
+            backend.waits = True  # their time alone, at the price of what they overlap
+            outcomes.append(flash("early"))
+            outcomes[-1].mode += ", transfers waited for"
+            backend.waits = False
+        if args.host_memory:
+            outcomes.append(flash("early", args.host_memory))
     rates["memory"] = memory_rate(backend)  # last: its buffer is none of the budget's
     rows = [row_of(o, rates["sequential" if o in outcomes[:3] else "random"], rates["memory"]) for o in outcomes]
     report(args, rows, outcomes, rates, bundle)
@@ -314,6 +373,9 @@ def row_of(o: Outcome, disk: float, memory: float) -> dict[str, Any]:
         "bytes": o.bytes_per_token,
         "reads": o.reads_per_token,
         "forecast_ms": 1e3 * o.forecast_s,
+        "alone_ms": 1e3 * o.alone_s,
+        "staged_ms": 1e3 * o.staged_s,
+        "staged_bytes": o.staged_bytes,
         "transfer_ms": 1e3 * o.transfer_s,
         "transfer_bytes": o.transfer_bytes,
         "tier_hit_rate": o.tier_hit_rate,
@@ -326,11 +388,13 @@ def row_of(o: Outcome, disk: float, memory: float) -> dict[str, Any]:
 def report(
     args: argparse.Namespace, rows: list[dict[str, Any]], outcomes: list[Outcome], rates: dict[str, Any], b: Bundle
 ) -> None:
-    flash = outcomes[3]
-    naive, hybrid, resident4, row = rows[:4]
-    print(flash.plan)
+    best, naive, hybrid, resident4 = outcomes[3 if len(outcomes) > 3 else 1], *rows[:3]
+    row = rows[outcomes.index(best)]
+    kind = "random" if best is not outcomes[1] else "sequential"
+    print(best.plan)
     print(f"memory {rates['memory']:.1f} GB/s read; {rates['by']}, direct: sequential 1 MiB ", end="")
-    print(f"{rates['sequential']:.2f} GB/s, random {b.manifest.record.stride} B {rates['random']:.2f} GB/s")
+    random = f", random {b.manifest.record.stride} B {rates['random']:.2f} GB/s" if "random" in rates else ""
+    print(f"{rates['sequential']:.2f} GB/s{random}")
     print("                        ms  compute  wait  manage  predict       bytes   reads  GB/s   naive/  hybrid/")
     for r in rows:
         print(
@@ -346,27 +410,36 @@ def report(
                 f" {r['pool_copies']} whole-pool copies"
             )
     ms, io, memory = row["ms"], row["io_limit_ms"], row["memory_limit_ms"]
-    print(f"limits of flash: {io:.0f} ms bytes / the random rate, {memory:.0f} ms held bytes / memory rate;")
+    print(f"limits of {best.mode}: {io:.0f} ms bytes / the {kind} rate, {memory:.0f} ms held bytes / memory rate;")
     print(f"the token takes {ms / max(io, memory):.2f} of the larger; management {row['manage_ms'] / ms:.1%} of it")
+    if hybrid["alone_ms"]:
+        times = hybrid["ms"] / hybrid["alone_ms"]
+        print(f"hybrid takes {times:.2f} of its reads alone, {hybrid['alone_ms']:.0f} ms, in turns with it")
+    if row["staged_bytes"]:
+        print(
+            f"staging: {format_bytes(row['bytes'])} read for {format_bytes(row['staged_bytes'])} wanted"
+            f" ({row['bytes'] / row['staged_bytes']:.2f}x), copied out in {row['staged_ms']:.1f} ms of the token"
+        )
     shares = [f"{r['mode']} {r['io_limit_ms'] / r['ms']:.2f}" for r in (naive, hybrid)]
     for o, r in ((o, r) for o, r in zip(outcomes, rows, strict=True) if o.forecast_s):
         off = 1e3 * o.forecast_s / r["ms"] - 1
         print(f"forecast of {r['mode']}: {1e3 * o.forecast_s:.0f} ms ({off:+.0%})")
     print(f"share of the sequential rate of {rates['by']}: " + ", ".join(shares))
-    print(f"ready to decode after {flash.ready_s:.1f} s ({format_bytes(b.resident_bytes())} resident weights)")
+    if best.ready_s:
+        print(f"ready to decode after {best.ready_s:.1f} s ({format_bytes(b.resident_bytes())} resident weights)")
     known = {key: value for key, value in row.items() if key not in ("mode", "ms", "predict_ms")}
     print(
         json.dumps(
             {
                 "shape": args.shape,
-                "memory_bytes": flash.memory_bytes,
-                "peak_rss_bytes": int(flash.peak_rss_gb * 1e9),
+                "memory_bytes": best.memory_bytes,
+                "peak_rss_bytes": int(best.peak_rss_gb * 1e9),
                 "naive_ms": naive["ms"],
                 "hybrid_ms": hybrid["ms"],
                 "resident4_ms": resident4["ms"],
-                "flash_ms": ms,
+                **({"flash_ms": ms} if SHAPES[args.shape].sparse else {}),
                 **known,
-                "ready_s": flash.ready_s,
+                "ready_s": best.ready_s,
                 "rates": rates,
                 "rows": rows,
             }

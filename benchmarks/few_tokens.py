@@ -14,12 +14,12 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from trace import Sets, synthetic
+from trace import synthetic
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from end_to_end import CONTEXT, LATE_LAYERS, RANKS, Paced, prepare
+from end_to_end import CONTEXT, Paced, prepare
 from shapes import SHAPES
 
 from mlxflash.backends import make_backend
@@ -103,12 +103,9 @@ def run(shape: str, memory: str, folder: Path, reps: int) -> list[dict[str, Any]
     bundle, _ = prepare(shape, folder)
     m, backend = bundle.manifest, make_backend()
     units = m.layers[0].units
-    trace = synthetic(bundle.num_layers, units, 256)
-    late: Sets = trace.sets["late"]
-    predictors = [
-        PacedUnion(backend, layer.units, m.d_model, RANKS[i >= len(m.layers) - LATE_LAYERS], late, i)
-        for i, layer in enumerate(m.layers)
-    ]
+    activity = SHAPES[shape].activity
+    trace = synthetic(bundle.num_layers, units, 256, activity)
+    predictors = PacedUnion.of(bundle, backend, trace.sets["late"], activity)
     rows: list[dict[str, Any]] = []
     settings: dict[str, Any] = {"predictor": predictors, "direct": True, "look_ahead": False, "max_kv_size": CONTEXT}
     with load_bundle(bundle.path, memory=memory, backend=backend, bundle=bundle, **settings) as model:

@@ -22,7 +22,7 @@ import numpy as np
 from mlxflash.api import load_tokenizer
 from mlxflash.bundle import Bundle
 from mlxflash.evaluate import Dense, Report, evaluate
-from mlxflash.fidelity import LEVELS, level_of
+from mlxflash.fidelity import LEVELS, levels_of
 from mlxflash.model import load_bundle
 from mlxflash.plan import BudgetError
 from mlxflash.predictor import MARGIN
@@ -93,7 +93,7 @@ def main() -> None:
         )
         for predictor in args.predictors:
             for rule in args.rules:
-                if rule in LEVELS and level_of(bundle, predictor, rule) is None:
+                if rule in LEVELS and not levels_of(bundle, predictor, rule):
                     continue
                 for window in [PAPER_WINDOW] if rule == "paper" else args.windows:
                     settings: dict[str, Any] = {"predictor": predictor, "window": window or None}

@@ -79,6 +79,9 @@ class Outcome:
     memory_bytes: int = 0
     ready_s: float = 0.0
     forecast_s: float = 0.0
+    alone_s: float = 0.0  # a token's reads with nothing computed
+    staged_s: float = 0.0  # copying what passed through staging
+    staged_bytes: float = 0.0
     plan: str = ""
     transfer_s: float = 0.0
     transfer_bytes: float = 0.0

@@ -32,7 +32,7 @@ import numpy as np
 
 from mlxflash.misses import miss_curve
 from mlxflash.plan import split_slots
-from mlxflash.policy import DECAY, Frequency, Policy, Recency
+from mlxflash.policy import DECAY, Belady, Frequency, Policy, Recency
 
 SPAN = 5
 DECAYS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1.0)
@@ -93,25 +93,6 @@ class Forecast:
 
     def reset(self) -> None:
         self._scores[:] = 0
-
-
-class Belady:
-    """Knows each unit's next use (Belady 1966)."""
-
-    def __init__(self, wanted: np.ndarray):
-        self._next = np.full((len(wanted) + 1, wanted.shape[1]), len(wanted), np.int32)
-        for t in range(len(wanted) - 1, -1, -1):
-            self._next[t] = np.where(wanted[t], t, self._next[t + 1])
-        self._token = 0
-
-    def use(self, ids: np.ndarray, token: int) -> None:
-        self._token = token  # tokens count from 1, so this is the row after the present one
-
-    def worth(self, ids: np.ndarray) -> np.ndarray:
-        return -self._next[self._token, ids]
-
-    def reset(self) -> None:
-        self._token = 0
 
 
 def reads(wanted: np.ndarray, capacities: list[int], policy: Policy, warm: int, span: int | None = None) -> np.ndarray:

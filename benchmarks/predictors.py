@@ -27,6 +27,7 @@ STRETCH, STRETCHES = 512, 8
 CALIBRATED, TESTED = 4096, 4096  # training tokens that set errors; that stop the training
 RECALLS = (0.90, 0.94, 0.96, 0.98, 0.99)
 MARGINS = (0.0, 0.5, 0.75, 1.0, 1.5)
+BOUND_MEMORY = (0.3, 0.55, 0.7)  # bounds want more of it
 Scores = Callable[[np.ndarray], np.ndarray]  # x to a number per unit, flagged where it exceeds minus the margin
 
 
@@ -102,15 +103,24 @@ def trained(layer: LayerData, start: Factors, file: Path, index: int) -> Factors
         return Factors(arrays["inner"], arrays["outer"], arrays["offset"])
 
 
-def bounds(layer: LayerData) -> Iterator[tuple[str, int, float]]:
-    """Name, bytes, share of units that Cauchy-Schwarz cannot rule out: estimate + |error row| |x| > 0."""
-    norms = np.linalg.norm(layer.x, axis=1)[:, None]
-    for bits in (2, 3, 4, 6, 8):
+def bounds(layer: LayerData) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Name, bytes, and which units Cauchy-Schwarz cannot rule out, bool [tokens, units] (rounding apart, see bound.py):
+    with the error known along the inputs' mean only, along principal directions too, or its length in column groups."""
+    mean = layer.sample.mean(axis=0)
+    _, vectors = np.linalg.eigh(np.cov(layer.sample.T))
+    centred, units = layer.x - mean, len(layer.bias)
+    for bits in (3, 4, 5, 6, 8):
         matrix = low_bit_matrix(mx.array(layer.weight), bits)
         copy = floats(matrix)
-        error = np.linalg.norm(copy - layer.weight, axis=1)
-        flagged = layer.x @ copy.T + layer.bias + norms * error > 0
-        yield f"bound, {bits}-bit", matrix.nbytes, float(flagged.mean())
+        error, size = layer.weight - copy, matrix.nbytes
+        estimate = layer.x @ copy.T + layer.bias + error @ mean
+        for count, groups in ((0, 1), (0, 8), (32, 1), (64, 1)):
+            basis = vectors[:, vectors.shape[1] - count :]
+            known, inside = error @ basis, centred @ basis
+            left, rest = ((a - b @ basis.T).reshape(len(a), groups, -1) for a, b in ((error, known), (centred, inside)))
+            bound = np.linalg.norm(rest, axis=2) @ np.linalg.norm(left, axis=2).T
+            name = f"bound, {bits}-bit" + f", {count} directions" * bool(count) + f", {groups} groups" * (groups > 1)
+            yield name, size + units * (count + 4 * groups + 4), estimate + inside @ known.T + bound > 0
 
 
 def units_read(flagged: np.ndarray, capacity: int) -> float:
@@ -146,15 +156,15 @@ def main() -> None:
         record(bundle, sequences, args.work / name, None, None, lambda what, done, total: None)
 
     found: dict[str, list[tuple[int, np.ndarray]]] = {}  # name to bytes and scores, by layer
-    bound: dict[str, list[tuple[int, float]]] = {}
+    bound: dict[str, list[tuple[int, np.ndarray]]] = {}
     active = []
     for index in range(bundle.num_layers):
         layer = LayerData(bundle, index, args.work)
         active.append(layer.active)
         for name, size, scores in predictors(layer, index, args.work):
             found.setdefault(name, []).append((size, scores(layer.x).astype(np.float16)))
-        for name, size, share in bounds(layer):
-            bound.setdefault(name, []).append((size, share))
+        for name, size, flagged in bounds(layer):
+            bound.setdefault(name, []).append((size, flagged))
     record_bytes = bundle.manifest.record.num_bytes
     print(
         f"{args.bundle}: layers 1 to {len(active) - 1}, {active[0].shape[0]} tokens of {args.text.name}, active ",
@@ -168,9 +178,14 @@ def main() -> None:
     rows += [{"name": "perfect, no bytes", "read": read([(0, a) for a in active], record_bytes, args.memory)}]
     print(f"{'perfect, no bytes':<34} {'':51} {rows[-1]['read']:.2%}")
     for name, layers in bound.items():
-        size, share = layers[1][0], float(np.mean([s for _, s in layers[1:]]))
-        rows.append({"name": name, "bytes": size, "flagged": share, "flagged_by_layer": [s for _, s in layers]})
-        print(f"{name:<34} {size:7} {size / record_bytes / active[1].shape[1]:7.1%}  flags {share:.1%} of all units")
+        size, shares = layers[1][0], [float(flagged.mean()) for _, flagged in layers]
+        reads = {memory: read(layers, record_bytes, memory) for memory in (args.memory, *BOUND_MEMORY)}
+        rows.append({"name": name, "bytes": size, "flagged_by_layer": shares, "read": reads})
+        said = ", ".join(f"{share:.2%} of {memory:.0%}" for memory, share in reads.items())
+        print(
+            f"{name:<34} {size:7} {size / record_bytes / active[1].shape[1]:7.1%}  flags {np.mean(shares[1:]):.1%} "
+            f"({np.mean(shares):.1%} with layer 0), reads {said}"
+        )
     print(json.dumps({"bundle": args.bundle.name, "active": [float(a.mean()) for a in active], "rows": rows}))
 
 

@@ -13,8 +13,8 @@ Synthetic traces. Unit i is on with probability p_i and remembers: from token to
 popularities p_i are Beta-distributed with the mean asked for: many cold units, some that are almost always on. Two
 numbers are free, the Beta's concentration and rho, and two statistics are asked for beside the mean: the union of
 `span` tokens, and the share new to a token (on now, in none of the `back` tokens before). Both have closed forms, so a
-nested bisection finds the two numbers. The default is what is published of OPT-6.7B with a window of 4 (arXiv
-2312.11514, section 3.1 and appendix): 10 % flagged per token, 24 % in the union of 5, 2.4 % new.
+nested bisection finds the two numbers. The default is what is published of the shape (shapes.py): of OPT-6.7B with a
+window of 4, 10 % flagged per token, 24 % in the union of 5, 2.4 % new.
 
 What synthetic traces do not show: subjects that change over a text, units that fire together, differences between
 layers, and how popular a unit is after a long absence. They replay a published rate of reads; they cannot judge victim
@@ -28,14 +28,14 @@ orders, pool sizes beyond the window, or unit orders. Ids are random positions o
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from shapes import SHAPES
+from shapes import OPT, SHAPES, Activity
 
 from mlxflash.api import load_tokenizer
 from mlxflash.backends import FFN, make_backend
@@ -48,7 +48,6 @@ from mlxflash.models import max_positions
 from mlxflash.predictor import MARGIN, Ids, deciding_matrix, read_low_bit
 from mlxflash.resident import one_part
 
-PUBLISHED = {"flagged": 0.10, "union": 0.24, "new": 0.024}
 RECALL, OVER = 0.80, 1.1
 NEAR = 4.0
 
@@ -231,10 +230,8 @@ def synthetic(
     layers: int,
     units: int,
     tokens: int = 64,
+    activity: Activity = OPT,
     *,
-    flagged: float = PUBLISHED["flagged"],
-    union_share: float = PUBLISHED["union"],
-    new: float = PUBLISHED["new"],
     span: int = 5,
     back: int = 4,
     recall: float = RECALL,
@@ -243,7 +240,8 @@ def synthetic(
     seed: int = 0,
 ) -> Trace:
     """A trace with the given statistics. `ordered` puts popular units first; else ids are random positions."""
-    concentration, rho = tune(flagged, union_share, new, span, back)
+    flagged = activity.flagged
+    concentration, rho = tune(flagged, activity.union, activity.new, span, back)
     rng = np.random.default_rng(seed)
     late, early = [], []
     for _ in range(layers):
@@ -357,8 +355,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("synthetic", help="to given statistics")
     made.add_argument("--shape", choices=SHAPES, default="opt-6.7b")
-    for name, value in PUBLISHED.items():
-        made.add_argument(f"--{name}", type=float, default=value, help=f"share of units (default {value})")
+    for name in ("flagged", "union", "new"):
+        made.add_argument(f"--{name}", type=float, help="share of units (default: what is published of the shape)")
     made.add_argument("--span", type=int, default=5, help="tokens of the union")
     made.add_argument("--back", type=int, default=4, help="tokens before, that a new unit was not in")
     made.add_argument("--sorted", action="store_true", help="popular units first, instead of random positions")
@@ -382,11 +380,11 @@ def main() -> None:
     draw = {"recall": args.recall, "over": args.over, "seed": args.seed}
     if args.command == "synthetic":
         shape = SHAPES[args.shape]
-        wanted = {"flagged": args.flagged, "union_share": args.union, "new": args.new}
-        trace = synthetic(
-            shape.layers, shape.ffn, args.tokens, **wanted, span=args.span, back=args.back, ordered=args.sorted, **draw
-        )
-        print(f"asked for: {args.flagged:.1%} flagged, {args.union:.1%} in {args.span}, {args.new:.1%} new")
+        said = {name: getattr(args, name) for name in ("flagged", "union", "new") if getattr(args, name) is not None}
+        wanted = replace(shape.activity, **said)
+        counts = {"span": args.span, "back": args.back, "ordered": args.sorted}
+        trace = synthetic(shape.layers, shape.ffn, args.tokens, wanted, **counts, **draw)
+        print(f"asked for: {wanted.flagged:.1%} flagged, {wanted.union:.1%} in {args.span}, {wanted.new:.1%} new")
     else:
         try:
             Bundle.open(args.bundle)

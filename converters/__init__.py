@@ -14,6 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 from mlxflash.converters import dense
+from mlxflash.converters.blocks import Blocks
 from mlxflash.converters.checkpoint import Checkpoint, CheckpointError
 from mlxflash.converters.experts import Experts
 from mlxflash.converters.tokenizer import highest_token
@@ -22,7 +23,6 @@ from mlxflash.bundle import Bundle, BundleError, Layer, LayerWriter, Manifest, P
 from mlxflash.bundle import file_bytes as layer_file_bytes
 from mlxflash.predictor import low_bit_matrix, save_arrays, save_low_bit
 
-LAYOUTS: dict[str, Any] = {"plain": dense, "gated": dense}
 GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 SHARD_BYTES = 256 << 20  # resident weights are written in shards, so that no more than one is in memory
@@ -64,7 +64,11 @@ def convert(
         )
     if checkpoint.quantization is not None and (bits is not None or dtype != _dtype_of(checkpoint)):
         raise CheckpointError(f"{checkpoint.path}: already quantised; it is converted as it is, without -q and --dtype")
-    layout = LAYOUTS.get(checkpoint.family.layout) or Experts(checkpoint, dtype, bits, group_size)
+    layout: Any = dense
+    if checkpoint.family.layout == "experts":
+        layout = Experts(checkpoint, dtype, bits, group_size)
+    elif checkpoint.quantization is not None:
+        layout = Blocks(checkpoint)
     job = _Job(checkpoint, layout, target, dtype, bits, group_size, predictor)
     job.prepare()
     try:
@@ -120,8 +124,8 @@ class _Job:
         self.predictor = predictor and self.d_model % 32 == 0 and self.manifest().sparse
 
     def _record(self) -> Record:
-        if isinstance(self.layout, Experts):
-            return self.layout.record
+        if self.layout is not dense:
+            return cast(Record, self.layout.record)
         d, parts = self.d_model, []
         for name in self.layout.streamed(self.checkpoint):
             if self.bits:
@@ -138,11 +142,11 @@ class _Job:
 
     def manifest(self) -> Manifest:
         quantization = {"bits": self.bits, "group_size": self.group_size, "mode": "affine"} if self.bits else None
-        if isinstance(self.layout, Experts):
+        if self.layout is not dense:
             quantization = self.layout.quantization
         return Manifest(
             model_type=self.checkpoint.config["model_type"],
-            layout=self.checkpoint.family.layout,
+            layout="blocks" if isinstance(self.layout, Blocks) else self.checkpoint.family.layout,
             activation=self.checkpoint.activation,
             threshold=self.checkpoint.threshold,
             dtype=self.dtype,
@@ -182,14 +186,14 @@ class _Job:
         if whole and (guess.exists() or not self.predictor):
             return
         matrices: dict[str, mx.array] = {}
-        if not isinstance(self.layout, Experts):
+        if self.layout is dense:
             matrices = self.layout.matrices(self.checkpoint, index)
         writer = LayerWriter(file, index, units, self.record)
         try:
             step = max(1, BLOCK_BYTES // self.record.stride)
             for first in range(0, units if matrices else 0, step):
                 writer.write(self._records({k: v[first : first + step] for k, v in matrices.items()}))
-            if isinstance(self.layout, Experts):
+            if self.layout is not dense:
                 for record in self.layout.records(index):
                     writer.write(record)
             writer.finish()
@@ -245,15 +249,14 @@ class _Job:
                 kind = mx.float16 if self.dtype == "float32" else DTYPES[self.dtype]
                 new = {name: words, f"{module}.scales": scales.astype(kind), f"{module}.biases": biases.astype(kind)}
             else:
-                cast = array.dtype in DTYPES.values() and self.checkpoint.castable(name)
-                new = {name: array.astype(DTYPES[self.dtype]) if cast else array}
+                new = {name: self._as_stored(array) if self.checkpoint.castable(name) else array}
             mx.eval(list(new.values()))
             shard.update(new)
             if sum(a.nbytes for a in shard.values()) >= SHARD_BYTES:
                 flush()
         for index in range(len(self.layers)):
             for part, array in self.layout.residents(self.checkpoint, index).items():
-                shard[f"ffn.{index}.{part}"] = array.astype(DTYPES[self.dtype])
+                shard[f"ffn.{index}.{part}"] = self._as_stored(array)
         flush()
         progress("resident weights", len(names), len(names))
         (self.partial / "config.json").write_text(json.dumps(self.checkpoint.config, indent=2))
@@ -261,6 +264,11 @@ class _Job:
             for file in self.checkpoint.path.glob(pattern):
                 if file.is_file():
                     shutil.copy(file, self.partial / file.name)
+
+    def _as_stored(self, array: mx.array) -> mx.array:
+        """Floats in the bundle's dtype, but of a quantised checkpoint everything as it is."""
+        verbatim = self.checkpoint.quantization is not None or array.dtype not in DTYPES.values()
+        return array if verbatim else array.astype(DTYPES[self.dtype])
 
     def finish(self) -> None:
         write_manifest(self.partial, self.manifest())

@@ -10,7 +10,16 @@ from mlx.utils import tree_flatten
 from mlxflash.converters.torch_zip import TorchFileError, as_safetensors, tensors
 from safetensors import SafetensorError, safe_open
 
-from mlxflash.models import build_model, family_of, ffn_layers, find, may_cast, quantise, quantization_of, text_of
+from mlxflash.models import (
+    build_model,
+    family_of,
+    ffn_layers,
+    find,
+    may_cast,
+    quantise,
+    quantization_of,
+    text_of,
+)
 
 FLOATS = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 DTYPES = FLOATS | {mx.uint32: "uint32", mx.uint8: "uint8"}
@@ -43,8 +52,6 @@ class Checkpoint:
         self._beside = self.config is not said  # what sees and hears lies beside the text model
         self.family, self.activation, self.threshold = family_of(self.config, str(path))
         self.quantization = quantization_of(self.config, str(path))
-        if self.quantization is not None and self.family.layout != "experts":
-            raise CheckpointError(f"{path}: already quantised; convert the float checkpoint with -q instead")
         self.files = _files(path)
         self._check_files()
         if self.config.get("predictor_size"):

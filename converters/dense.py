@@ -34,21 +34,21 @@ def per_unit(checkpoint: Checkpoint) -> list[str]:
 
 def matrices(checkpoint: Checkpoint, layer: int) -> dict[str, mx.array]:
     """The streamed matrices of a layer, each [units, d_model]."""
-    found = {part: _part(checkpoint, layer, part, "weight") for part in checkpoint.family.parts}
+    found = {name: part(checkpoint, layer, name, "weight") for name in checkpoint.family.parts}
     return found | {"down": found["down"].T}
 
 
 def residents(checkpoint: Checkpoint, layer: int) -> dict[str, mx.array]:
     """What stays in memory: `gate_bias` and `up_bias` [units], one value per unit, and `down_bias` [d_model]."""
     base, parts = checkpoint.ffn_path(layer), checkpoint.family.parts
-    biased = [part for part, path in parts.items() if f"{base}.{path}.bias" in checkpoint.shapes]
-    return {f"{part}_bias": _part(checkpoint, layer, part, "bias") for part in biased}
+    biased = [name for name, path in parts.items() if f"{base}.{path}.bias" in checkpoint.shapes]
+    return {f"{name}_bias": part(checkpoint, layer, name, "bias") for name in biased}
 
 
-def _part(checkpoint: Checkpoint, layer: int, part: str, kind: str) -> mx.array:
-    """A part's weight or bias; of parts that share a path, its share of the rows."""
-    path = checkpoint.family.parts[part]
+def part(checkpoint: Checkpoint, layer: int, name: str, kind: str) -> mx.array:
+    """A part's weight, bias or what quantisation adds; of parts that share a path, its share of the rows."""
+    path = checkpoint.family.parts[name]
     array = checkpoint.tensor(f"{checkpoint.ffn_path(layer)}.{path}.{kind}")
-    sharing = [name for name, other in checkpoint.family.parts.items() if other == path]
+    sharing = [other for other, its in checkpoint.family.parts.items() if its == path]
     rows = len(array) // len(sharing)
-    return array if len(sharing) == 1 else array[rows * sharing.index(part) :][:rows]
+    return array if len(sharing) == 1 else array[rows * sharing.index(name) :][:rows]

@@ -3,17 +3,22 @@
 Modules import only from those below themselves:
 
     cli, api                     commands; load()
-    hub, train, plot             names to bundles; training a predictor; pictures of a fidelity report
+    hub, plot, imported          names to bundles; pictures of a fidelity report; predictors of others
+    train                        training a predictor
+    rounding, routing            what quantising cost; which experts tokens choose
     calibrate, thinning          measuring a predictor; finding levels of fidelity
     converters, evaluate         checkpoints to bundles; what a model says of text
+    preview                      what a public model would do here, before it is downloaded
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model
     ffn, experts, routed         which units, bring them, compute
     fidelity                     which active units are worth a read
+    bound                        x to unit ids, by proof
     predictor, window            x to unit ids; ids to rows held
     backends                     where rows live and how the FFN is computed on them
     catalog                      public models by short names, and what they will take
     models, plan, policy, pool   model families; budgets; who leaves memory first; host memory
+    kept                         what was measured of this machine
     hosttier                     the host's memory beside a device with its own
     reader, bundle, _native      extents to bytes; what lies on disk; the optional native part
     install                      which MLX is installed, and what is wrong with it

@@ -108,11 +108,11 @@ class Manifest:
     """What a bundle says of itself; see the module's head for where it stands."""
 
     model_type: str
-    layout: str  # plain | gated | ...: the meaning of the parts, owned by the FFN
+    layout: str  # plain | gated | experts | blocks: the meaning of the parts, owned by the FFN
     activation: str
     dtype: str  # of the float parts and of the activations
     d_model: int
-    quantization: dict[str, Any] | None  # {"bits", "group_size", "mode"} of the streamed parts; "parts": see formats
+    quantization: dict[str, Any] | None  # {"bits", "group_size", "mode"} of the streamed parts; of blocks, of `up`
     record: Record
     layers: tuple[Layer, ...]
     source: str = ""
@@ -128,14 +128,22 @@ class Manifest:
 
     @property
     def sparse(self) -> bool:
-        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams. Experts,
-        which have neurons of their own, may not."""
-        return self.activation in SPARSE_ACTIVATIONS and self.layout != "experts"
+        """Whether units may be left out as inactive; otherwise all are computed and what is absent streams. Experts and
+        blocks, which have neurons of their own, may not."""
+        return self.activation in SPARSE_ACTIVATIONS and self.layout not in ("experts", "blocks")
 
     @property
     def routed(self) -> bool:
         """Whether something of the model's own says which units or experts a token needs, and no others count."""
         return self.layout == "experts" or self.activation.startswith("routed ")
+
+    @property
+    def rounding(self) -> str:
+        """What quantising cost beside the checkpoint's floats, for people; empty where nobody measured it."""
+        said = self.calibration.get("rounding")
+        if said is None:
+            return ""
+        return f"{said['bits']}-bit: KL {said['kl']:.4f} from {said['dtype']}, top-1 agreement {said['top1']:.1%}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -214,6 +222,11 @@ class Bundle:
             raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; it is exact")
         if self.manifest.routed:
             raise BundleError(f"{self.path}: the model's own predictor says which units a token needs; it is exact")
+        if self.manifest.layout == "blocks":
+            raise BundleError(
+                f"{self.path}: made of a quantised checkpoint, whose neurons share scales and are read in blocks, "
+                "of which none can be left out; it runs exactly, by streaming (--exact)"
+            )
         if not self.manifest.sparse:
             raise BundleError(
                 f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "
@@ -416,16 +429,29 @@ def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> Non
     numbers = []
     for predictor, said in _get(data, "fidelity", dict, where).items() if "fidelity" in data else ():
         levels = _get(said, "levels", dict, f"{where}, fidelity of {predictor}")
-        for name in levels:
-            level = _get(levels, name, dict, where)
-            numbers += [level.get(key) for key in LEVEL_FIGURES]
-            _get(level, "met", bool, f"{where}, fidelity {name!r}")
-            _check_misses(level.get("misses"), num_layers, f"{where}, misses of {predictor}, {name}")
-    for name in data.keys() & {"low-bit", "low-rank"}:
+        for name, measured in levels.items():
+            if isinstance(measured, dict):  # bundles of before have one measurement
+                levels[name] = [measured]
+            for level in _get(levels, name, list, where):
+                numbers += [_get(level, key, object, f"{where}, fidelity {name!r}") for key in LEVEL_FIGURES]
+                _get(level, "met", bool, f"{where}, fidelity {name!r}")
+                _check_misses(level.get("misses"), num_layers, f"{where}, misses of {predictor}, {name}")
+    for name in data.keys() & {"low-bit", "low-rank", "bound"}:
         figures = _get(data, name, dict, f"{where}, calibration")
         numbers += [figures.get(key) for key in ("recall", "perplexity_change", "margin")]
         if "misses" in figures:
             _check_misses(figures["misses"], num_layers, f"{where}, misses of {name}")
+    if "router" in data:
+        routing = _get(data, "router", dict, f"{where}, calibration")
+        _check_misses(routing.get("misses"), num_layers, f"{where}, misses of its experts")
+        numbers.append(routing.get("tokens"))
+        _get(routing, "text", str, f"{where}, routing")
+    if "rounding" in data:
+        figures = _get(data, "rounding", dict, f"{where}, calibration")
+        numbers += [figures.get(key) for key in ("bits", "kl", "kl_se", "top1", "tokens")]
+        numbers += [figures[key] for key in ("ppl_change", "ppl_change_se") if key in figures]
+        for key in ("dtype", "text"):
+            _get(figures, key, str, f"{where}, rounding")
     for number in numbers:
         if not (_is_int(number) or isinstance(number, float)) or not math.isfinite(number):
             raise BundleError(f"{where}: {number!r} in its calibration is not a number; calibrate again")

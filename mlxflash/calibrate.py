@@ -5,6 +5,8 @@ estimated, one layer in memory at a time. The first half of the text sets the er
 perplexity included, through the decode path without any row left over from earlier tokens.
 """
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash.backends import FFN, Matrix, make_backend
+from mlxflash.bound import make_bound
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
 from mlxflash.evaluate import LEAST_TOKENS, check_length, decode_losses, perplexity, prompt_losses
@@ -29,6 +32,7 @@ from mlxflash.thinning import find_levels
 from mlxflash.ways import STORED
 
 OWN_SEQUENCES = 8
+HELD = 0.5  # of a layer's bytes: what a bound and its units are taken to have where no memory is named
 Progress = Callable[[str, int, int], None]
 
 
@@ -64,22 +68,21 @@ def calibrate(
     predictor: str = "low-bit",
     levels: bool = True,
 ) -> Bundle:
-    """Measure a stored predictor on `tokens` (int [n]; None: text the model makes up itself) and record it.
+    """Measure a stored predictor on `tokens` (int [n]; None: text the model makes up itself) and record it; `bound` is
+    made first, of the model and the first half of the text.
 
     At most `num_tokens` are used, in sequences no longer than the model's positions. `levels` finds the levels of
-    fidelity too, which takes some thirty passes over the text; with a `memory` they count on what it holds. Returns the
-    bundle, reopened.
+    fidelity too, which takes some fifty passes over half of the text. Returns the bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
     bundle.require_sparse()
-    if predictor not in bundle.predictors():
+    if predictor not in ("bound", *bundle.predictors()):
         raise BundleError(f"{bundle.path}: has no {predictor} predictor to calibrate; {STORED[predictor]}")
     if tokens is not None:
         check_length(tokens)
     source = "text" if tokens is not None else "the model's own text"
-    asked, held = memory, None
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
-        sequences = _sequences(model, tokens, num_tokens, progress)
+        sequences = sequences_of(model, tokens, num_tokens, progress)
         recorders = record_inputs(model)
         exact = []
         for i, sequence in enumerate(sequences):
@@ -90,11 +93,12 @@ def calibrate(
         plan = model.flash.plan
         if plan.whole:  # what is held whole needs no predictor, so leave some of it out
             memory = plan.memory - plan.pools // 4
+    share = HELD if memory is None or plan.whole else plan.pools / plan.streamed
     layers, ahead, curves = [], [], []
     for index, x in enumerate(inputs):
         progress("layers", index, len(inputs))
         before = inputs[index - 1] if index and predictor == "low-bit" else None
-        measured, early, wanted = _measure_layer(bundle, index, x, before, device, predictor)
+        measured, early, wanted = _measure_layer(bundle, index, x, before, device, predictor, share)
         layers.append(measured)
         curves.append(miss_curve(wanted))
         ahead += [early] if early else []
@@ -102,11 +106,10 @@ def calibrate(
     half = max(1, len(sequences) // 2)
     reported = sequences[half:] or sequences
     losses, total = [], sum(len(s) - 1 for s in reported)
+    margin = None if predictor == "bound" else MARGIN
     with load_bundle(
-        bundle.path, memory=memory, window=1, predictor=predictor, device=device, margin=MARGIN, bundle=bundle
+        bundle.path, memory=memory, window=1, predictor=predictor, device=device, margin=margin, bundle=bundle
     ) as model:
-        if asked is not None and not model.flash.plan.whole:
-            held = model.flash.plan.capacities
         if not model.flash.exact:
             for sequence in reported:
                 model.flash.forget()
@@ -140,11 +143,11 @@ def calibrate(
         }
     fidelity = bundle.manifest.calibration.get("fidelity", {})
     result["fidelity"] = {name: said for name, said in fidelity.items() if name != predictor}  # errors were set anew
-    if levels:
+    if levels and predictor != "bound":
         with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
             parts = _comparable(bundle, predictor)
             cuts, found = find_levels(
-                bundle, model, parts, inputs, sequences, held=held, device=device, progress=progress
+                bundle, model, parts, inputs, sequences, tuple(curves), device=device, progress=progress
             )
         save_cuts(bundle.path, predictor, cuts)
         result["fidelity"][predictor] = found | {"text": source}
@@ -171,7 +174,7 @@ def exact_inputs(
 ) -> list[np.ndarray]:
     """What each layer's FFN is given on a text, float32 [tokens, d_model], by one exact pass."""
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
-        sequences = _sequences(model, tokens, len(tokens), progress)
+        sequences = sequences_of(model, tokens, len(tokens), progress)
         recorders = record_inputs(model)
         for i, sequence in enumerate(sequences):
             progress("exact pass", i, len(sequences))
@@ -180,22 +183,28 @@ def exact_inputs(
         return [recorder.inputs() for recorder in recorders]
 
 
-def _sequences(model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress) -> list[np.ndarray]:
+def sequences_of(
+    model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress, seconds: float = math.inf
+) -> list[np.ndarray]:
+    """Text, int [n] (None: what the exact model samples in so many seconds), in pieces to measure on."""
     longest = min(512, max_positions(model.flash.bundle.config()), model.flash.plan.context)
     if tokens is None:
-        return _own_text(model, min(max(2, num_tokens // OWN_SEQUENCES), longest), progress)
+        return _own_text(model, min(max(2, num_tokens // OWN_SEQUENCES), longest), progress, seconds)
     length = min(longest, max(2, min(num_tokens, len(tokens)) // 2))
     tokens = tokens[:num_tokens]
     return [tokens[i : i + length] for i in range(0, len(tokens) - 1, length) if len(tokens) - i > 1]
 
 
-def _own_text(model: FlashModel, length: int, progress: Progress) -> list[np.ndarray]:
-    """Sequences the exact model samples at temperature 1 from different first tokens: int [length] each."""
+def _own_text(model: FlashModel, length: int, progress: Progress, seconds: float) -> list[np.ndarray]:
+    """Sequences the exact model samples at temperature 1 from different first tokens: int [length] each, or as many
+    tokens as it has time for, LEAST_TOKENS in all at least."""
     rng = np.random.default_rng(0)
     vocabulary = int(model.flash.bundle.config()["vocab_size"])
     steps = [rng.integers(0, vocabulary, OWN_SEQUENCES)]
-    cache = reserved_cache(model, None, length)
+    cache, end = reserved_cache(model, None, length), time.monotonic() + seconds
     for i in range(length - 1):
+        if time.monotonic() > end and len(steps) * OWN_SEQUENCES >= LEAST_TOKENS:
+            break
         progress("own text", i, length - 1)
         logits = model(mx.array(steps[-1][:, None]), cache=cache)[:, -1].astype(mx.float32)
         noise = rng.gumbel(size=logits.shape).astype(np.float32)
@@ -215,12 +224,19 @@ def record_inputs(model: FlashModel) -> list[Recorder]:
 
 
 def _measure_layer(
-    bundle: Bundle, index: int, x: np.ndarray, before: np.ndarray | None, device: str | None, predictor: str
+    bundle: Bundle,
+    index: int,
+    x: np.ndarray,
+    before: np.ndarray | None,
+    device: str | None,
+    predictor: str,
+    share: float,
 ) -> tuple[dict[str, float], dict[str, float] | None, np.ndarray]:
     """Set a layer's errors (low-bit) from the first half of x [tokens, d_model]; measure the second half.
 
     The third value is what all tokens want, bool [tokens, units].
-    From `before`, what the layer before was given for the same tokens, the look-ahead to this layer is fitted.
+    From `before`, what the layer before was given for the same tokens, the look-ahead to this layer is fitted. A bound
+    is made where predictor and units will take `share` of the layer's bytes.
     """
     if not np.isfinite(x).all():
         raise ValueError(f"{bundle.path}: layer {index} is given NaN or infinity on the calibration text")
@@ -228,7 +244,6 @@ def _measure_layer(
     units, stride = bundle.manifest.layers[index].units, ffn.record.stride
     raw = np.fromfile(bundle.layer_path(index), np.uint8, units * stride, offset=HEADER_BYTES)
     exact = deciding_matrix(ffn, raw.reshape(units, stride))
-    file = bundle.predictor_files(predictor)[index]
     bias = ffn.offset(one_part(bundle, index, f"{ffn.first}_bias", units), units)
 
     def products(x: np.ndarray, *weights: Matrix) -> np.ndarray:
@@ -236,6 +251,10 @@ def _measure_layer(
 
     true, half = products(x, exact) + bias, max(1, len(x) // 2)
     active = true > 0
+    if predictor == "bound":
+        wanted = make_bound(bundle, index, backend, exact, bias, x[:half], share).possible(mx.array(x))()
+        return _measured(active[half:], wanted[half:]), None, wanted
+    file = bundle.predictor_files(predictor)[index]
     if predictor == "low-rank":
         inner, outer, offset = read_low_rank(file, ffn, bundle.manifest.layers[index])
         wanted = products(x, inner, outer) + offset + MARGIN > 0

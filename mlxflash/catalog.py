@@ -1,13 +1,15 @@
-"""Public models by short names, and what any model takes before it is downloaded: sizes, memory, how it runs.
+"""Public models by short names, and what each takes before it is downloaded: sizes, memory, how it runs.
 
 Numbers are those of the models' own config.json; bytes follow from them by arithmetic. Imports no MLX.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlxflash.bundle import SPARSE_ACTIVATIONS, Part, make_record
-from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, BudgetError, Sizes, format_bytes, make_plan, parse_memory
+from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, BudgetError, Sizes, make_plan
 
+STORY = Path(__file__).parent / "story.flash"  # the embedded one
 GROUP_SIZE = 64
 LOW_BIT_BYTES = (3 + 32 / GROUP_SIZE) / 8  # of a weight in a low-bit predictor: 3 bits, its group's scale and bias
 CONTEXT = 4096  # tokens of key-value cache, unless the model's positions end before
@@ -31,6 +33,7 @@ class Known:
     head_dim: int = 0  # 0: width / heads
     experts: int = 0  # per layer
     chosen: int = 0  # of them by each token
+    active: float = 0.0  # share of the units that a token activates, as published; 0: nobody said
 
     @property
     def kind(self) -> str:
@@ -98,44 +101,20 @@ class Known:
         raise AssertionError("one byte is never enough")
 
 
-def preview(known: Known, memory: str | int | None) -> str:
-    """What a model will take, and what it will do in `memory` (None: what is free here), float and 4-bit."""
-    lines = [f"{known.repo} is to be downloaded ({format_bytes(known.nbytes())} or more) and converted:"]
-    for flag, bits in (("float16", None), ("-q 4", 4)):
-        sizes = known.sizes(bits)
-        said = f"  {flag:<8} {format_bytes(known.nbytes(bits)):>9} on disk"
-        try:
-            plan = make_plan(sizes, parse_memory(memory, sizes.model), min(CONTEXT, known.positions))
-        except BudgetError as error:
-            lines.append(f"{said}; {format_bytes(error.smallest)} of memory at least, which is more than there is")
-            continue
-        absent = sum(sizes.units) - sum(plan.capacities)
-        if plan.whole:
-            how = "all of it held, nothing read"
-        elif known.kind == "sparse":
-            how = f"{1 - absent / sum(sizes.units):.0%} of the units held, only those predicted are read"
-        elif known.kind == "experts":
-            how = (
-                f"{1 - absent / sum(sizes.units):.0%} of the experts held, those of the {known.chosen} that each layer"
-            )
-            how += " chooses for a token and that are not held are read, exactly as the model is"
-        else:
-            how = f"{1 - absent / sum(sizes.units):.0%} of the units held, {format_bytes(absent * sizes.stride)} read"
-            how += " per token, exactly as the model is"
-        lines.append(f"{said}; in {format_bytes(plan.memory)} of memory {how}")
-    return "\n".join(lines)
-
-
 def _weight_bytes(bits: int | None) -> float:
     return 2 if bits is None else bits / 8 + 4 / GROUP_SIZE
 
 
 def _opt(size: str, layers: int, width: int, heads: int) -> Known:
-    return Known(f"facebook/opt-{size}", "relu", False, layers, width, 4 * width, heads, heads, 50272, 2048, tied=True)
+    return Known(
+        f"facebook/opt-{size}", "relu", False, layers, width, 4 * width, heads, heads, 50272, 2048, True, active=0.033
+    )
 
 
-def _llama2(repo: str, activation: str, layers: int, width: int, units: int, heads: int, kv_heads: int) -> Known:
-    return Known(repo, activation, True, layers, width, units, heads, kv_heads, 32000, 4096)
+def _llama2(
+    repo: str, activation: str, layers: int, width: int, units: int, heads: int, kv_heads: int, active: float = 0.0
+) -> Known:
+    return Known(repo, activation, True, layers, width, units, heads, kv_heads, 32000, 4096, active=active)
 
 
 KNOWN = {
@@ -147,18 +126,22 @@ KNOWN = {
     "opt-13b": _opt("13b", 40, 5120, 40),
     "opt-30b": _opt("30b", 48, 7168, 56),
     "opt-66b": _opt("66b", 64, 9216, 72),
-    "relullama-7b": _llama2("SparseLLM/ReluLLaMA-7B", "relu", 32, 4096, 11008, 32, 32),
-    "relullama-13b": _llama2("SparseLLM/ReluLLaMA-13B", "relu", 40, 5120, 13824, 40, 40),
+    "relullama-7b": _llama2("SparseLLM/ReluLLaMA-7B", "relu", 32, 4096, 11008, 32, 32, 0.33),
+    "relullama-13b": _llama2("SparseLLM/ReluLLaMA-13B", "relu", 40, 5120, 13824, 40, 40, 0.28),
     "relullama-70b": _llama2("SparseLLM/ReluLLaMA-70B", "relu", 80, 8192, 28672, 64, 8),
-    "prosparse-7b": _llama2("SparseLLM/prosparse-llama-2-7b", "fatrelu", 32, 4096, 11008, 32, 32),
-    "prosparse-13b": _llama2("SparseLLM/prosparse-llama-2-13b", "fatrelu", 40, 5120, 13824, 40, 40),
-    "minicpm-s-1b": Known("openbmb/MiniCPM-S-1B-sft", "relu", True, 52, 1536, 3840, 24, 8, 122753, 4096, tied=True),
+    "prosparse-7b": _llama2("SparseLLM/prosparse-llama-2-7b", "fatrelu", 32, 4096, 11008, 32, 32, 0.11),
+    "prosparse-13b": _llama2("SparseLLM/prosparse-llama-2-13b", "fatrelu", 40, 5120, 13824, 40, 40, 0.11),
+    "minicpm-s-1b": Known(
+        "openbmb/MiniCPM-S-1B-sft", "relu", True, 52, 1536, 3840, 24, 8, 122753, 4096, True, active=0.12
+    ),
     "turbosparse-7b": Known(
         "PowerInfer/TurboSparse-Mistral-Instruct", "drelu", True, 32, 4096, 14336, 32, 8, 32064, 4096
     ),
     "bamboo-7b": Known("PowerInfer/Bamboo-base-v0_1", "drelu", True, 32, 4096, 14336, 32, 8, 32000, 4096),
     "afm-4.5b": Known("arcee-ai/AFM-4.5B", "relu2", False, 36, 2560, 18432, 20, 4, 128004, 65536, head_dim=128),
-    "relufalcon-40b": Known("SparseLLM/ReluFalcon-40B", "relu", False, 60, 8192, 32768, 128, 8, 65024, 2048, tied=True),
+    "relufalcon-40b": Known(
+        "SparseLLM/ReluFalcon-40B", "relu", False, 60, 8192, 32768, 128, 8, 65024, 2048, True, active=0.05
+    ),
     "persimmon-8b": Known("adept/persimmon-8b-base", "relu2", False, 36, 4096, 16384, 64, 64, 262144, 16384),
     "nemotron-mini-4b": Known(
         "nvidia/Nemotron-Mini-4B-Instruct", "relu2", False, 32, 3072, 9216, 24, 8, 256000, 4096, head_dim=128

@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the console script."""
     args = parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices about prompts are not for our users
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # nor each attempt to reach the hub
     try:
         if getattr(args, "device", None) in ("cpu", "mlx-cpu", "discrete"):
             import mlx.core as mx
@@ -61,7 +62,7 @@ def parser() -> Parser:
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     generate.add(verbs.add_parser("generate", help="generate text from a prompt"))
     prepare.add_convert(verbs.add_parser("convert", help="convert a checkpoint into a bundle"))
-    prepare.add_calibrate(verbs.add_parser("calibrate", help="measure a bundle's predictor on text"))
+    prepare.add_calibrate(verbs.add_parser("calibrate", help="measure a predictor, or a mixture's router, on text"))
     prepare.add_train(verbs.add_parser("train", help="train a low-rank predictor for a bundle"))
     evaluate.add(verbs.add_parser("eval", help="measure what streaming costs in fidelity on a text"))
     prepare.add_reorder(verbs.add_parser("reorder", help="copy a bundle so that units missed together lie together"))

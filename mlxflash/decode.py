@@ -56,8 +56,8 @@ def stream_generate(
     if max_tokens < 1 and max_tokens != -1:
         raise ValueError(f"max_tokens {max_tokens}: at least 1, or -1 for no limit")
     vocabulary = flash.bundle.config()["vocab_size"]
-    if len(tokens) and max(tokens) >= vocabulary:
-        raise ValueError(f"token {max(tokens)} of the prompt is beyond the model's vocabulary of {vocabulary}")
+    if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+        raise ValueError(f"token {wrong[0]} of the prompt is outside the model's vocabulary of {vocabulary}")
     room = context_of(model, max_kv_size) - max((getattr(c, "offset", 0) for c in prompt_cache or ()), default=0)
     if len(tokens) > room:
         raise ValueError(f"the prompt has {len(tokens)} tokens, this model has room for {room}")

@@ -1,4 +1,4 @@
-"""How long reads take on a disk: T(bytes, depth), measured once per disk in a second or two, and kept.
+"""How long reads take on a disk: T(bytes, depth), measured once per disk in a second or two, and kept for a day.
 
 One batch of `count` reads of `size` bytes at random places, submitted at once and waited for, is what the engine asks
 of a disk, so that is what is measured, with the engine in use. Reads are direct: what a page cache holds is another
@@ -7,16 +7,17 @@ missing units on a layer is better streamed whole, and what the planner forecast
 """
 
 import contextlib
-import json
 import os
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlxflash.hub import cache_folder, keep
+from mlxflash.kept import Watch, cache_folder, keep, recall
 from mlxflash.pool import host_memory
 from mlxflash.reader import File, make_reader
 
@@ -26,6 +27,7 @@ BUFFER_BYTES = 16 << 20
 MOST_BYTES = 64 << 20  # of one batch; larger ones are in proportion
 LEAST_SECONDS, REPEATS = 0.02, 3  # per size and count
 CPU_SIZE, CPU_ROUNDS = 1, 10  # which size tells what processor time a read costs, and batches for it
+TRIAL_BYTES = 64 << 20  # of a file to measure with where there is none yet
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ class DiskProfile:
         return int(max(0.0, small - SIZES[1] / rate) * rate)
 
     @classmethod
-    def measure(cls, reader: Any, paths: list[Path]) -> "DiskProfile":
-        """With reads at random places of `paths`, files of a bundle; about two seconds. Raises OSError."""
+    def measure(cls, reader: Any, paths: list[Path], repeats: int = REPEATS) -> "DiskProfile":
+        """With reads at random places of `paths`, files of a bundle; about two seconds, one if nothing is repeated.
+        Raises OSError."""
         rng = np.random.default_rng(0)
         files = [File(path, direct=True) for path in paths]
         try:
@@ -75,7 +78,10 @@ class DiskProfile:
                 row: list[float] = []
                 for count in COUNTS:
                     done = min(count, max(1, MOST_BYTES // size))
-                    row.append(_median_batch(reader, files, ends, buffer, size, done, rng) * count / done)
+                    times: list[float] = []
+                    while len(times) < repeats or (repeats > 1 and sum(times) < LEAST_SECONDS):
+                        times.append(_batch(reader, files, ends, buffer, size, done, rng))
+                    row.append(float(np.median(times)) * count / done)
                 table.append(tuple(row))
             begin = time.process_time()
             size, count = SIZES[CPU_SIZE], COUNTS[-1]
@@ -93,15 +99,6 @@ def _place(grid: np.ndarray, value: float) -> tuple[float, int]:
     return float(np.clip((value - grid[i]) / (grid[i + 1] - grid[i]), 0, 1)), i
 
 
-def _median_batch(
-    reader: Any, files: list[File], ends: list[int], buffer: memoryview, size: int, count: int, rng: np.random.Generator
-) -> float:
-    times: list[float] = []
-    while len(times) < REPEATS or sum(times) < LEAST_SECONDS:
-        times.append(_batch(reader, files, ends, buffer, size, count, rng))
-    return float(np.median(times))
-
-
 def _batch(
     reader: Any, files: list[File], ends: list[int], buffer: memoryview, size: int, count: int, rng: np.random.Generator
 ) -> float:
@@ -117,32 +114,64 @@ def _batch(
 
 
 def disk_profile(paths: list[Path]) -> DiskProfile | None:
-    """The profile of direct reads on the disk that holds `paths`: as measured before, or measured now and kept.
+    """The profile of direct reads on the disk that holds `paths`: as measured within a day, or measured now.
 
     None where the file system has no direct reads, or the files cannot be read: whoever needs them will say so.
     """
-    probe = File(paths[0], direct=True)
+    with _direct_reader(paths[0]) as reader, contextlib.suppress(OSError):
+        if reader is not None:
+            file = _cache_file(paths[0], reader.engine)
+            return _profile(recall(file)) or _measured(reader, paths, file)
+    return None
+
+
+def disk_of(folder: Path) -> DiskProfile | None:
+    """The same of the disk on which `folder` lies or is to lie, with no file there to measure with yet: as it was kept,
+    or measured roughly, in a second, on a file that is removed again."""
+    while not folder.exists():
+        folder = folder.parent
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix="mlxflash-trial-") as trial:
+        path = Path(trial.name)
+        with _direct_reader(path) as reader:
+            if reader is None:
+                return None
+            if known := _profile(recall(_cache_file(path, reader.engine))):
+                return known
+            block = np.random.default_rng(0).bytes(1 << 20)
+            for _ in range(TRIAL_BYTES >> 20):
+                trial.write(block)
+            trial.flush()
+            os.fsync(trial.fileno())
+            return DiskProfile.measure(reader, [path], repeats=1)
+    return None
+
+
+@contextlib.contextmanager
+def _direct_reader(path: Path) -> Iterator[Any]:
+    """A reader for direct reads; None where the file system of `path` has none."""
+    probe = File(path, direct=True)
     probe.close()
-    if not probe.direct:
-        return None
-    reader = make_reader(direct=True)
+    reader = make_reader(direct=True) if probe.direct else None
     try:
-        return _kept_or_measured(reader, paths)
-    except OSError:
-        return None
+        yield reader
     finally:
-        reader.close()
+        if reader is not None:
+            reader.close()
 
 
-def _kept_or_measured(reader: Any, paths: list[Path]) -> DiskProfile:
-    file = _cache_file(paths[0], reader.engine)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        said = json.loads(file.read_text())
+def _profile(said: Any) -> DiskProfile | None:
+    """What was kept, if it makes sense."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         kept, cpu = np.array(said["seconds"], np.float64), float(said["read_cpu"])
         if kept.shape == (len(SIZES), len(COUNTS)) and np.isfinite(kept).all() and (kept > 0).all() and 0 <= cpu < 1:
             return DiskProfile(tuple(map(tuple, kept.tolist())), cpu)
+    return None
+
+
+def _measured(reader: Any, paths: list[Path], file: Path) -> DiskProfile:
+    watch = Watch()
     profile = DiskProfile.measure(reader, paths)
-    keep(file, asdict(profile))
+    keep(file, asdict(profile), watch.quiet)
     return profile
 
 

@@ -15,18 +15,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflash.backends import make_backend
+from mlxflash.backends import FFN, make_backend
 from mlxflash.bundle import Bundle
 from mlxflash.decode import reserved_cache
 from mlxflash.flash import FlashModel
+from mlxflash.misses import by_order
 from mlxflash.model import load_bundle
-from mlxflash.models import family_of, find, graft, max_positions
-from mlxflash.predictor import Ids, deciding
+from mlxflash.models import family_of, max_positions
+from mlxflash.predictor import Ids, deciding, read_low_bit, read_low_rank
 
 STRETCH = 512  # tokens: longer contexts cost time and say nothing more of the FFNs
 LEAST_TOKENS = 16
 CHUNK = 1024
 BLOCK = 32  # tokens whose differences are averaged before their spread is taken: neighbours are not independent
+MARGINS = (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # where recall is measured beside a run
 SPANS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 Progress = Callable[[str, int, int], None]
 
@@ -87,6 +89,8 @@ class LayerReport:
     hit_rate: float
     capacity: int
     new_units: dict[int, float]  # by k: share of the units that a token flags and none of the k before it did
+    margins: dict[float, tuple[float, float]]  # of low-bit and low-rank, by margin: flagged, recall
+    orders: dict[str, dict[float, float]]  # where asked for: units missed per token by victim order and share held
 
 
 @dataclass(frozen=True)
@@ -225,8 +229,9 @@ def spread(values: np.ndarray) -> float:
     return float(blocks.std(ddof=1) / np.sqrt(len(blocks))) if len(blocks) > 1 else float("inf")
 
 
-def evaluate(dense: Dense, **settings: Any) -> Report:
-    """Decode the text at one setting: load_bundle's `predictor`, `fidelity`, `window`, ...
+def evaluate(dense: Dense, orders: bool = False, **settings: Any) -> Report:
+    """Decode the text at one setting: load_bundle's `predictor`, `fidelity`, `window`, ...; `orders` compares victim
+    orders too.
 
     Memory and device are Dense's. Look-ahead is off: bytes are those of the predictor inside the layer. Raises
     ValueError as load_bundle does, and when an FFN is given NaN or infinity (names the layer).
@@ -246,7 +251,7 @@ def evaluate(dense: Dense, **settings: Any) -> Report:
     layers = []
     for index, watch in enumerate(watches):
         dense.progress("layers", index, len(watches))
-        layers.append(watch.report(bundle, index, dense.device, tokens, plan.capacities[index]))
+        layers.append(watch.report(bundle, index, dense.device, tokens, plan.capacities[index], predictor, orders))
     dense.progress("layers", len(watches), len(watches))
     change, change_se = dense.change(said.losses)
     units = np.array([layer.units for layer in layers])
@@ -311,10 +316,12 @@ class _Watch(nn.Module):
         self.nbytes = 0
 
     def __call__(self, x: mx.array, *wanted: mx.array) -> mx.array:
-        before = self._layer.reader.num_bytes
+        before, named = self._layer.reader.num_bytes, len(self._flagged)
         y = self._ffn(x, *wanted)
         if wanted:  # what the model's own predictor says
             self._flagged.append(np.packbits(np.array(wanted[0]).reshape(-1, self._layer.units).any(axis=0)))
+        elif self._predictor is not None and len(self._flagged) == named:  # a layer that has come to hold all units
+            self.start(x.reshape(-1, x.shape[-1]))
         self._bytes += self._layer.reader.num_bytes - before
         np.array(x.reshape(-1, x.shape[-1]).astype(mx.float32)).tofile(self._inputs)
         return y
@@ -333,14 +340,22 @@ class _Watch(nn.Module):
         window = self._layer.window
         self._hits, self._misses = window.num_hits - self._hits, window.num_misses - self._misses
 
-    def report(self, bundle: Bundle, index: int, device: str | None, tokens: int, capacity: int) -> LayerReport:
+    def report(
+        self,
+        bundle: Bundle,
+        index: int,
+        device: str | None,
+        tokens: int,
+        capacity: int,
+        predictor: str,
+        orders: bool,
+    ) -> LayerReport:
         """What was seen beside the truly active units, computed from the inputs again."""
         x = np.memmap(self._inputs.name, np.float32, "r").reshape(tokens, bundle.manifest.d_model)
         if not np.isfinite(x).all():
             raise ValueError(f"{bundle.path}: layer {index} is given NaN or infinity on this text")
-        (exact, _, bias), backend, units = deciding(bundle, index), make_backend(device), self._layer.units
-        active = [backend.project(mx.array(x[i : i + CHUNK]), exact)() + bias > 0 for i in range(0, len(x), CHUNK)]
-        truth = np.concatenate(active)
+        units = self._layer.units
+        truth = _active(bundle, index, device, x) if bundle.manifest.sparse else np.ones((tokens, units), bool)
         flags = np.ones_like(truth)
         if self._flagged:
             flags = np.unpackbits(np.stack(self._flagged), axis=1, count=units).astype(bool)
@@ -360,7 +375,41 @@ class _Watch(nn.Module):
             hit_rate=self._hits / wanted if wanted else capacity / units,
             capacity=capacity,
             new_units=new_units(truth if self._whole else flags),
+            margins=_by_margin(bundle, index, predictor, x, truth, device)
+            if predictor in ("low-bit", "low-rank")
+            else {},
+            orders=by_order(truth if self._whole else flags) if orders else {},
         )
+
+
+def _active(bundle: Bundle, index: int, device: str | None, x: np.ndarray) -> np.ndarray:
+    """Which units of a layer inputs x [tokens, d_model] leave other than zero: bool [tokens, units]."""
+    (exact, _, bias), backend = deciding(bundle, index), make_backend(device)
+    chunks = (mx.array(x[i : i + CHUNK]) for i in range(0, len(x), CHUNK))
+    return np.concatenate([backend.project(chunk, exact)() + bias > 0 for chunk in chunks])
+
+
+def _by_margin(
+    bundle: Bundle, index: int, predictor: str, x: np.ndarray, truth: np.ndarray, device: str | None
+) -> dict[float, tuple[float, float]]:
+    """Flagged and recall of a layer's predictor at each of MARGINS, on inputs x whose active units are `truth`."""
+    backend, ffn, layer = make_backend(device), FFN.of(bundle.manifest), bundle.manifest.layers[index]
+    file, error = bundle.predictor_files(predictor)[index], np.ones(layer.units, np.float32)
+    if predictor == "low-rank":
+        *weights, offset = read_low_rank(file, ffn, layer)
+    else:
+        *weights, shift, error = read_low_bit(file, ffn, layer)
+        offset = deciding(bundle, index)[2] - shift
+    flagged = np.zeros(len(MARGINS), np.int64)
+    found = np.zeros(len(MARGINS), np.int64)
+    for i in range(0, len(x), CHUNK):
+        estimate, active = backend.project(mx.array(x[i : i + CHUNK]), *weights)() + offset, truth[i : i + CHUNK]
+        for k, margin in enumerate(MARGINS):
+            flags = estimate + np.float32(margin) * error > 0
+            flagged[k] += np.count_nonzero(flags)
+            found[k] += np.count_nonzero(flags & active)
+    shares = (flagged / truth.size).tolist(), (found / max(1, int(truth.sum()))).tolist()
+    return dict(zip(MARGINS, zip(*shares, strict=True), strict=True))
 
 
 def new_units(wanted: np.ndarray) -> dict[int, float]:
@@ -389,6 +438,6 @@ def _watch(model: FlashModel, bundle: Bundle, folder: Path) -> Sequence[_Watch]:
     family, *_ = family_of(bundle.config(), str(bundle.path))
     watches = []
     for index, layer in enumerate(model.flash.owners):
-        watches.append(_Watch(find(layer, family.ffn), folder / f"inputs-{index:03d}.f32"))
-        graft(layer, family.ffn, watches[-1])
+        watches.append(_Watch(getattr(layer, family.ffn), folder / f"inputs-{index:03d}.f32"))
+        setattr(layer, family.ffn, watches[-1])
     return watches

@@ -143,6 +143,7 @@ class FlashLayer:
     ticket: Ticket | None = None  # units that the layer before asked for
     num_decoded: int = 0  # tokens that went through the window
     fixed: bool = False  # what the window holds is there to stay
+    predicted: bool = False  # rows that are held and not predicted are left out
 
 
 class FlashFFN(nn.Module):
@@ -157,12 +158,11 @@ class FlashFFN(nn.Module):
         if layer.reader.closed:
             raise ValueError("this model is closed; load it again")
         tokens = x.reshape(-1, x.shape[-1])
-        if layer.window.num_rows == layer.units and layer.ticket is None:
+        sparse = layer.predictor is not None and len(tokens) <= FEW_TOKENS
+        if layer.window.num_rows == layer.units and layer.ticket is None and not (sparse and layer.predicted):
             y, _ = layer.rows.ffn(tokens, layer.units)
-        elif layer.predictor is None or len(tokens) > FEW_TOKENS:
-            y = self._stream(tokens)
         else:
-            y = self._sparse(tokens)
+            y = self._sparse(tokens) if sparse else self._stream(tokens)
         if layer.down_bias is not None:
             y = y + layer.down_bias
         return y.reshape(x.shape)
@@ -189,9 +189,9 @@ class FlashFFN(nn.Module):
         times.predict += t1 - t0
         times.manage += t2 - t1
         if early is not None and layer.next is not None:  # its reads queue behind this layer's
-            ids = early()
+            others = early()
             t3 = clock()
-            layer.next.ticket = layer.next.window.request(ids)
+            layer.next.ticket = layer.next.window.request(others)
             times.predict += t3 - t2
             t2 = clock()
             times.manage += t2 - t3
@@ -202,15 +202,15 @@ class FlashFFN(nn.Module):
         if layer.rows.leaves_out_free:  # rows that are here are computed while the others are on their way
             arriving = layer.window.arriving(ticket)
             if not arriving.all():
-                y, _ = layer.rows.ffn(x, len(arriving), ~arriving)
+                y, _ = layer.rows.ffn(x, len(arriving), self._computed(ids, ~arriving))
         t2 = clock()
         n = layer.window.ready(ticket)
         times.flash += clock() - t2
         layer.num_decoded += len(x)
         if y is None:
-            y, _ = layer.rows.ffn(x, n)
+            y, _ = layer.rows.ffn(x, n, self._computed(ids, np.ones(n, bool)) if layer.predicted else None)
         elif arriving is not None and arriving.any():
-            y = y + layer.rows.ffn(x, n, arriving)[0]
+            y = y + layer.rows.ffn(x, n, self._computed(ids, arriving))[0]
         while len(ticket.left):  # the pool is smaller than this token: the rest replaces some of what is computed
             mx.eval(y)
             t2 = clock()
@@ -218,6 +218,15 @@ class FlashFFN(nn.Module):
             times.flash += clock() - t2
             y = y + layer.rows.ffn(x, n, None if new.all() else new)[0]
         return y
+
+    def _computed(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Which of `rows`, bool [n], are computed when units `ids` are predicted: bool [n]."""
+        if not self._layer.predicted:
+            return rows
+        slots = self._layer.window.slot_of[ids]
+        wanted = np.zeros_like(rows)
+        wanted[slots[slots >= 0]] = True
+        return wanted & rows
 
     def _streams_faster(self, ids: np.ndarray) -> bool:
         """Whether all units that are not held pass sooner than those of `ids` are read one by one."""

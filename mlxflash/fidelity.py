@@ -8,7 +8,7 @@ hold the down rows' norms and the layers' scales, so that one multiplier makes a
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -36,30 +36,33 @@ class Level:
     flagged: float
     held: float
     met: bool
+    misses: dict[str, Any]  # what layers then miss: shares of their units held, curves of all layers
 
     def describe(self) -> str:
         """For the footer of a run."""
-        return f"{self.name}{'' if self.met else ' not reached'}: {self.price()}"
+        held = f", measured with {self.held:.0%} of the units held" if self.held else ""
+        return f"{self.name}{'' if self.met else ' not reached'}: {self.price()}{held}"
 
     def price(self) -> str:
         """What it costs, in words; perplexity as the KL divergence says it, see `thinning`."""
         return f"perplexity {np.expm1(self.kl):+.2%}, top-1 agreement {self.top1:.1%}"
 
 
-def level_of(bundle: Bundle, predictor: str, name: str) -> Level | None:
-    """A bundle's level of a stored predictor; None where nobody measured it."""
-    said = bundle.manifest.calibration.get("fidelity", {}).get(predictor, {}).get("levels", {}).get(name)
-    return None if said is None else Level(name, **{k: said[k] for k in Level.__dataclass_fields__ if k != "name"})
+def levels_of(bundle: Bundle, predictor: str, name: str) -> list[Level]:
+    """A bundle's level of a stored predictor with less and less held; empty where nobody measured it."""
+    said = bundle.manifest.calibration.get("fidelity", {}).get(predictor, {}).get("levels", {}).get(name, [])
+    levels = [Level(name, **{k: one[k] for k in Level.__dataclass_fields__ if k != "name"}) for one in said]
+    return sorted(levels, key=lambda level: -level.held)
 
 
-def needs(bundle: Bundle, predictor: str, name: str) -> Level:
+def needs(bundle: Bundle, predictor: str, name: str) -> list[Level]:
     """The same. Raises BundleError naming the remedy where there is none."""
-    level = level_of(bundle, predictor, name)
-    if level is None:
+    levels = levels_of(bundle, predictor, name)
+    if not levels:
         raise BundleError(
             f"{bundle.path}: fidelity {name!r} of its {predictor} predictor was not measured; `mlxflash calibrate` does"
         )
-    return level
+    return levels
 
 
 def cuts_file(bundle: Path, predictor: str) -> Path:

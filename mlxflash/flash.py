@@ -38,6 +38,7 @@ class FlashStats:
     tier_hit_rate: float  # of the units that went to the device, from the host's memory
     pool_copies: int  # updates of rows that copied a whole pool: a bug, or a computation that was not finished
     forecast_tps: float | None  # tokens per second as foreseen; None: not where reads may come from the page cache
+    forecast: str  # the same for people; of mixtures that nobody measured it is the least
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Flash:
         self.layers: list[FlashLayer] = []
         self.owners: list[Any] = []  # the model's layers that these belong to: of hybrids not all
         self.files: list[File] = []
-        self.stagings: list[Any] = []  # where units land on their way; each has `reset`
+        self.stagings: tuple[Any, ...] = ()  # where units land on their way; each has `reset`
         self.times = Times()
         self.torn = False  # a pass was begun and did not end: an interrupt or a failed read cut it off
         self.closed = False
@@ -113,6 +114,7 @@ class Flash:
         direct = "direct" if self.files and self.files[0].direct else "buffered"
         carries = f" by {self.backend.carries}" if self.backend.discrete else ""
         said = f"{self.plan.describe()}\n  on {self.backend.name}{carries}, {direct} reads by {self.reader.engine}"
+        said += f"\n  {self.mode}"
         return "\n".join([said, *([self.forecast.describe()] if self.forecast else []), *filter(None, [self.choice])])
 
     def explain(self, error: RuntimeError) -> Exception:
@@ -167,6 +169,7 @@ class Flash:
             tier_hit_rate=hits / max(1, hits + sent.tier_misses - before.tier_misses),
             pool_copies=sent.pool_copies - before.pool_copies,
             forecast_tps=1 / self.forecast.seconds if self.forecast else None,
+            forecast=self.forecast.rate if self.forecast else "",
         )
 
     def held_share(self) -> float:

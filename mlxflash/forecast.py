@@ -6,7 +6,6 @@ take, the machine profile how fast memory passes through each kind of product.
 """
 
 import contextlib
-import json
 import os
 import platform
 import time
@@ -21,11 +20,14 @@ import numpy as np
 from mlxflash.backends import Backend, Matrix
 from mlxflash.bundle import BLOCK_BYTES
 from mlxflash.diskprofile import DiskProfile
-from mlxflash.hub import cache_folder, keep
+from mlxflash.kept import Watch, cache_folder, keep, recall
 from mlxflash.plan import Plan
+from mlxflash.pool import copy_rows
 
 MATRIX_BYTES, COLUMNS = 64 << 20, 4096  # of the matrix a rate is measured with: larger than caches
 LEAST_SECONDS, REPEATS = 0.02, 3  # per kind
+COPY, COPIED_BYTES = "copy", 16 << 10  # the kind that is no product, and the size of a record to copy
+PIECE_BYTES = 1 << 20  # what readers cut a long read into
 # What is not bytes, in times that one small operation takes to be asked for and answered; fitted (RESULTS.md): in every
 # layer, for predicting and upkeep where a layer streams, for looking ahead, and per token for head, sampler and loop.
 LAYER_STEPS, STREAM_STEPS, AHEAD_STEPS, TOKEN_STEPS = 24, 12, 14, 55
@@ -35,32 +37,47 @@ BESIDE = 1.15  # how much longer reads take while the processor computes, measur
 @dataclass(frozen=True)
 class MachineProfile:
     """rates: bytes per second at which a product with one token passes through a matrix, by its kind ("float16", "3"
-    for 3 bits); step: seconds that MLX takes for one small operation, asked for and answered."""
+    for 3 bits), and records are copied ("copy"); step: seconds that MLX takes for one small operation, asked for and
+    answered."""
 
     rates: dict[str, float]
     step: float
 
 
 def machine_profile(backend: Backend, kinds: set[str]) -> MachineProfile:
-    """Rates of `kinds`, as measured before on this machine with this backend, or measured now and kept: 0.1 s each."""
+    """Rates of `kinds`, as measured on this machine with this backend within a day, or measured now: 0.1 s each."""
     file = cache_folder() / "machines" / f"{platform.node()}-{os.cpu_count()}-{backend.name}.json"
     rates: dict[str, float] = {}
     step = 0.0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        kept = json.loads(file.read_text())
-        found = {str(kind): float(rate) for kind, rate in kept["rates"].items()}
-        if all(0 < number < np.inf for number in (*found.values(), float(kept["step"]))):
-            rates, step = found, float(kept["step"])
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        said = recall(file)
+        found = {str(kind): float(rate) for kind, rate in said["rates"].items()}
+        if all(0 < number < np.inf for number in (*found.values(), float(said["step"]))):
+            rates, step = found, float(said["step"])
     if kinds <= rates.keys():
         return MachineProfile(rates, step)
+    watch = Watch()
     small = mx.ones((1, COLUMNS))
     step = step or _median(lambda: np.asarray(small + 1))
     for kind in kinds - rates.keys():
-        matrix, x = _matrix(kind, backend)
-        rates[kind] = matrix.nbytes / _median(partial(_multiply, backend, x, matrix))
+        rates[kind] = _copy_rate() if kind == COPY else _product_rate(kind, backend)
     profile = MachineProfile(rates, step)
-    keep(file, asdict(profile))
+    keep(file, asdict(profile), watch.quiet)
     return profile
+
+
+def _copy_rate() -> float:
+    """Bytes per second at which records leave staging for their slots."""
+    source, dest = np.ones((2, MATRIX_BYTES // 2), np.uint8)
+    slots = np.random.default_rng(0).permutation(source.nbytes // COPIED_BYTES)
+    rows = np.arange(len(slots))
+    seconds = _median(lambda: copy_rows(dest.data, COPIED_BYTES, slots, source.data, COPIED_BYTES, rows, COPIED_BYTES))
+    return source.nbytes / seconds
+
+
+def _product_rate(kind: str, backend: Backend) -> float:
+    matrix, x = _matrix(kind, backend)
+    return matrix.nbytes / _median(partial(_multiply, backend, x, matrix))
 
 
 def _matrix(kind: str, backend: Backend) -> tuple[Matrix, Any]:
@@ -109,6 +126,10 @@ class Work:
     misses: tuple[float, ...]  # units per token, per layer
     recall: float = 0.0  # of the look-ahead: the share of the misses that is asked for a layer early
     over: float = 0.0  # units it asks for beside those it should, as a share of the misses
+    wanted: tuple[float, ...] = ()  # units that a token computes, per layer; empty: all rows held, and new ones
+    staged: bool = False  # reads pass through staging and are copied
+    streams: bool = False  # all units that are not held pass by in blocks
+    chance: bool = False  # misses as if routers chose by chance; they choose alike, so fewer units are missed
 
 
 @dataclass(frozen=True)
@@ -118,12 +139,18 @@ class Forecast:
     seconds: float
     compute: float  # were nothing to be waited for
     reads: float  # units
+    chance: bool = False  # as in Work: it will be less
+
+    @property
+    def rate(self) -> str:
+        return f"{1 / self.seconds:.{1 if self.seconds < 1 else 2}f}{' or more' if self.chance else ''}"
 
     def describe(self) -> str:
         wait = self.seconds - self.compute
+        why = ", experts taken as chosen by chance; `mlxflash calibrate` measures them" if self.chance else ""
         return (
-            f"  forecast: {1e3 * self.seconds:.0f} ms per token ({1 / self.seconds:.1f} tokens per second), "
-            f"{1e3 * wait:.0f} of them waiting for {self.reads:.0f} units"
+            f"  forecast: {1e3 * self.seconds:.0f} ms per token ({self.rate} tokens per second), "
+            f"{1e3 * wait:.0f} of them waiting for {self.reads:.0f} units{why}"
         )
 
 
@@ -136,18 +163,44 @@ def forecast(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile 
         own += plan.predictor / layers / machine.rates[work.predictor_kind]
         steps += AHEAD_STEPS
     own += work.kv / layers / machine.rates["float32"] + steps * machine.step
+    if work.streams and disk is not None and not plan.whole:
+        return _streamed(plan, work, machine, disk, own)
     extent = work.stride if work.stride % BLOCK_BYTES == 0 else work.stride + BLOCK_BYTES
     seconds = compute = TOKEN_STEPS * machine.step
     reads = 0.0
     cores = os.cpu_count() or 1
-    for held, missed in zip(plan.capacities, work.misses, strict=True):
-        rows, new = held * work.slot / rate, missed * work.slot / rate
-        late = early = late_cpu = early_cpu = 0.0
+    for held, wanted, missed in zip(plan.capacities, work.wanted or plan.units, work.misses, strict=True):
+        rows, new = min(held, wanted - missed) * work.slot / rate, missed * work.slot / rate
+        late = early = late_cpu = early_cpu = copies = 0.0
         if disk is not None:
             on_time, ahead = missed * (1 - work.recall), missed * (work.recall + work.over)
             late, early = BESIDE * disk.batch(extent, on_time), BESIDE * disk.batch(extent, ahead)
             late_cpu, early_cpu = (count * disk.read_cpu / cores for count in (on_time, ahead))
+            copies = (on_time + ahead) * work.stride / machine.rates[COPY] if work.staged else 0.0
         compute += own + rows + new
-        seconds += max(own + early_cpu + max(rows + late_cpu, late), early + late) + new
+        seconds += max(own + early_cpu + max(rows + late_cpu, late), early + late) + copies + new
         reads += missed * (1 + work.over)
-    return Forecast(seconds, compute, reads)
+    return Forecast(seconds, compute, reads, work.chance)
+
+
+def _streamed(plan: Plan, work: Work, machine: MachineProfile, disk: DiskProfile, own: float) -> Forecast:
+    """A token of exact streaming in its steady state: the disk fills two buffers in turn (`ffn.Blocks`), each is free
+    again once it is computed, and a layer's own work comes before its first block."""
+    rate, steady = machine.rates[work.kind], 3  # tokens, of which the last finds buffers as the one before left them
+    now, begin, read, free = 0.0, 0.0, 0.0, [0.0, 0.0]
+    absent = [n - held for n, held in zip(plan.units, plan.capacities, strict=True)]
+    for _ in range(steady):
+        begin, now = now, now + TOKEN_STEPS * machine.step
+        for held, left in zip(plan.capacities, absent, strict=True):
+            now += own + held * work.slot / rate
+            while left > 0:
+                units = min(left, plan.block_units)
+                left -= units
+                size = units * work.stride
+                pieces = max(1.0, size / PIECE_BYTES)
+                read = max(read, free.pop(0)) + disk.batch(min(size, PIECE_BYTES), 2 * pieces) / 2  # two are under way
+                copied = size / machine.rates[COPY] if work.staged else 0.0
+                now = max(now, read) + copied + units * work.slot / rate
+                free.append(now)
+    compute = TOKEN_STEPS * machine.step + sum(plan.units) * work.slot / rate + len(absent) * own
+    return Forecast(now - begin, compute, float(sum(absent)))

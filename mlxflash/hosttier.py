@@ -40,8 +40,8 @@ class HostTier:
     def rows(self) -> RecordRows:
         if self._rows is None:
             size = (self.passing + self.kept) * self.record.stride
-            memory = host_memory(size)[:size]
-            self._rows = RecordRows(self.record, memory, Staging(self.record.stride * self.chunk + (3 << 12)))
+            staging = Staging(self.record.stride * self.chunk + (3 << 12), self.record)
+            self._rows = RecordRows(self.record, host_memory(size)[:size], staging)
         return self._rows
 
     def reset(self) -> None:

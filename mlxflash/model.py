@@ -17,11 +17,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflash.backends import FFN, Backend, make_backend
+from mlxflash.bound import load_bound
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
 from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
-from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, level_of, needs, read_cuts
+from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, levels_of, needs, read_cuts
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import (
@@ -72,6 +73,7 @@ def load_bundle(
     check_reads: bool = False,
     direct: bool | None = None,
     look_ahead: bool | None = None,
+    all_rows: bool | None = None,
     backend: Backend | None = None,
     bundle: Bundle | None = None,
 ) -> FlashModel:
@@ -80,16 +82,20 @@ def load_bundle(
     memory: budget for everything but the interpreter ("2GB", "60%" of the converted model, bytes; None: enough to
     hold it whole, within what is available); the device's own memory on cuda. host_memory: what of the host's memory
     keeps what such a device gives up (None: nothing).
-    predictor: "low-bit", "low-rank" (trained), "all" (exact), "oracle" (needs the deciding matrices in memory; a
-    bound), or predictors of your own, one per layer. None: low-bit, or low-rank where its forecast is the shorter one.
+    predictor: "low-bit", "low-rank" (trained), "all" (exact), "bound" (exact too, and sparse), "oracle" (needs the
+    deciding matrices in memory; shows the least that is to be read), or predictors of your own, one per layer. None:
+    low-bit, or low-rank where its forecast is the shorter one.
     window: drop units that the last `window` tokens did not use (the paper's rule; None keeps them until their memory
     is wanted).
     max_kv_size: tokens of key-value cache to plan for. fidelity: "high" (default), "balanced" or "fast", how far the
-    reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all".
+    reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all",
+    or "bound" where its forecast is the shorter one.
     margin: instead of a level, flag every unit whose estimate exceeds minus this many of its standard errors (low-bit;
     log-odds for low-rank). check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
     for a disk, the bundle was calibrated for it, and the forecast with it is the shorter one).
+    all_rows: compute all units that are held, whatever a stored predictor says of them (None: or only those predicted,
+    at the price measured with nothing held, where that is forecast to be faster).
     direct: bypass the page cache (None: when what streams is more than 0.7 of the memory available).
 
     Raises ValueError (BundleError, BudgetError) with one sentence.
@@ -99,9 +105,10 @@ def load_bundle(
     config = settings(bundle.config(), where)
     family, *activation = family_of(config, where)
     manifest = bundle.manifest
-    if [manifest.layout, manifest.activation, manifest.threshold] != [family.layout, *activation]:
+    mixture = family.layout == "experts"  # of which dense layers may be a part
+    layout = "blocks" if manifest.layout == "blocks" and not mixture else family.layout
+    if [manifest.layout, manifest.activation, manifest.threshold] != [layout, *activation]:
         raise BundleError(f"{where}: made as {manifest.layout}/{manifest.activation}, config.json says otherwise")
-    mixture = family.layout == "experts"
     if manifest.d_model != config["hidden_size"]:
         raise BundleError(f"{where}: made of layers of width {manifest.d_model}, config.json says otherwise")
     if window is not None and window < 1:
@@ -110,9 +117,10 @@ def load_bundle(
         raise ValueError(f"fidelity {fidelity!r} is unknown: {', '.join(FIDELITIES)} are there")
     if fidelity is not None and margin is not None:
         raise ValueError("fidelity and margin contradict each other: give one")
-    if fidelity == "exact" and predictor not in (None, "all"):
+    if fidelity == "exact" and predictor not in (None, "all", "bound"):
         raise ValueError(f"fidelity 'exact' and predictor {predictor!r} contradict each other")
-    predictor = "all" if fidelity == "exact" else predictor
+    if predictor == "bound" and (margin is not None or fidelity not in (None, "exact")):
+        raise ValueError("predictor 'bound' is exact: it has neither levels of fidelity nor a margin")
     own = None if predictor is None or isinstance(predictor, str) else list(predictor)
     if own is not None and len(own) != bundle.num_layers:
         raise ValueError(f"{len(own)} predictors for {bundle.num_layers} layers")
@@ -120,20 +128,22 @@ def load_bundle(
         raise ValueError(f"predictor {predictor!r} is unknown: {', '.join(PREDICTORS)} are there")
     if manifest.routed and (look_ahead or own is not None):
         bundle.require_sparse()
-    if own is None and predictor not in (None, "all"):
+    if predictor not in (None, "all") and (own is None or manifest.layout == "blocks"):
         bundle.require_sparse()
     if isinstance(predictor, str) and predictor in STORED and predictor not in bundle.predictors():
         raise BundleError(f"{where}: has no {predictor} predictor; {STORED[predictor]}")
     free = predictor is None and margin is None  # to choose between what the bundle has
+    if fidelity == "exact":
+        predictor = predictor or "all"
     if own is not None:
         predictor = "own"
     elif predictor is None:
         predictor = "low-bit" if manifest.sparse and "low-bit" in bundle.predictors() else "all"
     if manifest.routed:
         predictor = "router"
-    level = None
-    if predictor in STORED and margin is None:
-        level = needs(bundle, str(predictor), fidelity) if fidelity else level_of(bundle, str(predictor), DEFAULT)
+    levels: list[Level] = []
+    if predictor in STORED and margin is None and fidelity != "exact":
+        levels = needs(bundle, str(predictor), fidelity) if fidelity else levels_of(bundle, str(predictor), DEFAULT)
     elif fidelity not in (None, "exact"):
         raise ValueError(f"fidelity {fidelity!r} needs a stored predictor ({', '.join(STORED)}), not {predictor!r}")
     backend = backend or make_backend(device)
@@ -143,34 +153,53 @@ def load_bundle(
     found = tensors(bundle)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
-    if look_ahead and predictor == "low-rank":
+    if look_ahead and predictor in ("low-rank", "bound"):
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
 
-    def way(predictor: str, level: Level | None) -> Way:
+    def way(predictor: str, levels: list[Level]) -> Way:
+        """With the level of those, which hold less and less, that holds no more than the budget does."""
+        skips = backend.leaves_out_free and predictor in STORED and all_rows is not True
+        ways = [_way(predictor, levels, predicted) for predicted in ((False, True) if skips else (False,))]
+        return (
+            ways[1] if skips and all_rows is False else min(ways, key=lambda w: w.expected.seconds if w.expected else 0)
+        )
+
+    def _way(predictor: str, levels: list[Level], predicted: bool) -> Way:
         ahead = look_ahead
         if ahead is None:
             ahead = direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
         more = sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
-        sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
-        tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
-        plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
+        level: Level | None = None
+        for level in (*levels, None):
+            sizes = sizes_of(bundle, config, found, backend, ffn, predictor, own_bytes + more, level)
+            tier = parse_memory(host_memory, sizes.model) if host_memory not in (None, 0, "0") else 0
+            plan = make_plan(sizes, parse_memory(memory, sizes.model), context, backend.available_memory(), tier or 0)
+            # A window's span gives up what is held, and rows that are not predicted may be left out.
+            held = 0 if window or predicted else sum(plan.capacities) / sum(plan.units)
+            if level is None or level.held <= held:
+                break
+        if level is None and levels and fidelity:  # a bundle of before, which had one measurement
+            raise BundleError(f"{where}: {fidelity!r} was measured with more held than here; calibrate again")
         layers = [bundle.layer_path(i) for i in range(bundle.num_layers)]
         disk = disk_profile(layers) if direct and not plan.whole else None
-        expected = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, ahead)
+        expected = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, ahead, predicted)
         if look_ahead is None and ahead and expected is not None:
-            without = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, False)
+            without = forecast_of(bundle, plan, sizes, found, predictor, backend, disk, False, predicted)
             if without is not None and without.seconds < expected.seconds:
                 ahead, expected = False, without
-        return Way(predictor, level, ahead, plan, disk, expected)
+        return Way(predictor, level, ahead, predicted and not plan.whole, plan, disk, expected)
 
-    chosen = way(str(predictor), level)
-    other = level_of(bundle, "low-rank", fidelity or DEFAULT) if free and predictor == "low-bit" else None
+    chosen = way(str(predictor), levels)
+    rival = {"low-bit": "low-rank", "all": "bound"}.get(str(predictor), "")
+    other = levels_of(bundle, rival, fidelity or DEFAULT)
     said = ""
-    if other is not None and not look_ahead and "low-rank" in bundle.predictors() and chosen.expected is not None:
-        with contextlib.suppress(BudgetError):
-            chosen, said = faster(chosen, way("low-rank", other))
+    if free and (other or rival == "bound") and not look_ahead and rival in bundle.predictors() and chosen.expected:
+        with contextlib.suppress(BudgetError, BundleError):
+            chosen, said = faster(chosen, way(rival, other))
     predictor, level, look_ahead, plan = chosen.predictor, chosen.level, chosen.look_ahead, chosen.plan
     disk = chosen.disk
+    if chosen.predicted:
+        said = "\n".join(filter(None, [said, "  predicted rows of those held are computed"]))
     mx.set_cache_limit(plan.cache)
     model: Any = build_model(config, where, FlashModel)
     streamed = ffn_layers(model, family)
@@ -178,7 +207,7 @@ def load_bundle(
         raise BundleError(f"{where}: made of {bundle.num_layers} layers, config.json describes {len(streamed)}")
     name = "all" if plan.whole else str(predictor)
     cuts = read_cuts(bundle, name, level.multiplier) if level is not None and name in STORED else None
-    mode = _mode(bundle, name, plan, margin, level)
+    mode = "; ".join(filter(None, [_mode(bundle, name, plan, margin, level), manifest.rounding]))
     reader: Any = make_reader(direct=direct)
     if check_reads:
         sums = {str(bundle.layer_path(i)): bundle.checksums(i) for i in range(bundle.num_layers)}
@@ -188,10 +217,10 @@ def load_bundle(
     model.flash = flash
     try:
         resident = _load_resident(found, bundle, model, family, backend, flash.reader, direct)
-        staging, *others = flash.stagings = backend.landings(ffn, plan)
+        staging, passing = flash.stagings = backend.landings(ffn, plan)
         blocks = None
         if not plan.whole:
-            pair = [backend.rows(ffn, plan.block_units, other) for other in others]
+            pair = [backend.rows(ffn, plan.block_units, passing) for _ in range(2)]
             apart = 0 if mixture else (disk.gap_bytes() if disk else DEFAULT_GAP_BYTES) // manifest.record.stride
             blocks = Blocks((pair[0], pair[1]), apart)
         for i, (entry, owner) in enumerate(zip(manifest.layers, streamed, strict=True)):
@@ -214,6 +243,7 @@ def load_bundle(
                 times=flash.times,
                 stride=manifest.record.stride,
                 disk=disk,
+                predicted=chosen.predicted,
             )
             if name == "all":
                 layer.window.hold(np.arange(plan.capacities[i]))
@@ -273,8 +303,10 @@ def _predictor(
         files = bundle.predictor_files(name)
         if len(files) != bundle.num_layers:
             raise BundleError(
-                f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; convert again"
+                f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; {STORED[name]}"
             )
+        if name == "bound":
+            return load_bound(bundle, index, backend, ffn, bias)
         margin = MARGIN if margin is None else margin
         if name == "low-rank":
             made = load_low_rank(files[index], backend, ffn, layer, margin)
@@ -292,11 +324,10 @@ def _mode(bundle: Bundle, predictor: str, plan: Plan, margin: float | None, leve
     """`exact`, or `approximate` with what calibration measured."""
     if predictor == "all":
         return "exact (all resident)" if plan.whole else "exact (streaming)"
-    if predictor in ("oracle", "router"):
+    if predictor in ("oracle", "router", "bound"):
         return f"exact ({predictor})"
     if level is not None:
-        less = sum(plan.capacities) / sum(plan.units) < level.held - 0.01
-        return f"approximate ({level.describe()}{f', measured with {level.held:.0%} held' if less else ''})"
+        return f"approximate ({level.describe()})"
     said = bundle.manifest.calibration.get(predictor)
     if not said or (MARGIN if margin is None else margin) != said["margin"]:
         return "approximate (not measured)"
@@ -311,10 +342,13 @@ def _load_resident(
     wanted: dict[str, tuple[tuple[int, ...], str]] = {}  # name to shape and kind of number
     for i, layer in enumerate(ffn_layers(model, family)):
         ffn = find(layer, family.ffn)
-        if family.layout == "experts":
+        if manifest.layout == "experts":
             _check_experts(bundle, i, ffn, family)
+        elif manifest.layout == "blocks":
+            _check_blocks(bundle, i, ffn, family)
         for part, path in family.parts.items():
-            if family.layout != "experts" and "bias" in attrgetter(path)(ffn):
+            own = part == "down" if manifest.layout == "blocks" else manifest.layout != "experts"
+            if own and "bias" in attrgetter(path)(ffn):
                 size = manifest.d_model if part == "down" else manifest.layers[i].units
                 wanted[f"ffn.{i}.{part}_bias"] = (size,), "float"
         graft(layer, family.ffn, nn.Identity())
@@ -355,3 +389,15 @@ def _check_experts(bundle: Bundle, index: int, switch: Any, family: Family) -> N
     as_said = [f"{part}_bias" in manifest.record for part in family.parts] == [biased] * len(said)
     if shapes != said or not as_said or ("gate" in manifest.record) != ("gate" in said):
         raise BundleError(f"{bundle.path}: its experts are not those that config.json describes; convert again")
+
+
+def _check_blocks(bundle: Bundle, index: int, mlp: Any, family: Family) -> None:
+    """That a layer's records are the FFN which config.json describes."""
+    record = bundle.manifest.record
+    parts = {part: attrgetter(path)(mlp) for part, path in family.parts.items()}
+    width = (bundle.manifest.d_model, bundle.manifest.layers[index].units * record["up"].shape[0])
+    biased = {f"{part}_bias" for part, module in parts.items() if part != "down" and "bias" in module}
+    names = {p.name for p in record.parts}
+    same = parts.keys() == names & {"gate", "up", "down"} and biased == {n for n in names if n.endswith("_bias")}
+    if parts["down"].weight.shape != width or not same:
+        raise BundleError(f"{bundle.path}: its blocks are not the layers that config.json describes; convert again")

@@ -5,6 +5,7 @@ cache, and what is left over is pools. Only the interpreter itself (Python, MLX,
 cannot work is refused before anything is read. Imports no MLX.
 """
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ class Sizes:
     vocabulary: int
     staged: bool  # whether reads pass through a staging buffer
     least_slots: int = MIN_SLOTS  # of a layer; of experts, as many as one token chooses
-    expert_token: int = 0  # what one prompt token's chosen experts compute, before it is added up
+    expert_token: int = 0  # what one prompt token's chosen experts, or a layer's blocks, compute before it is added up
     discrete: bool = False  # the budget is a device's own memory; what the host holds is planned beside it
 
 
@@ -73,7 +74,6 @@ class Plan:
     capacities: tuple[int, ...]
     units: tuple[int, ...]
     block_units: int
-    staging_bytes: int
     prefill_tokens: int
     context: int
     whole: bool
@@ -164,7 +164,6 @@ def make_plan(sizes: Sizes, memory: int | None, context: int, available: int | N
         capacities=capacities,
         units=sizes.units,
         block_units=min(reserves["blocks"] // (2 * sizes.slot), max(sizes.units)),
-        staging_bytes=reserves["staging"] // 3 or _least_staging(sizes),
         discrete=sizes.discrete,
         host_objects=beside,
         host_landing=LANDING_BLOCKS * max(reserves["blocks"] // 2, LEAST_LANDING * sizes.stride) * sizes.discrete,
@@ -184,7 +183,7 @@ def _reserves(sizes: Sizes, context: int, spare: int) -> dict[str, int]:
         # A chunk of a prompt reads every expert that any of its tokens chose: longer ones are worth more there.
         "activations": _activations(sizes, PREFILL_TOKENS[-1], context) + spare // (8 if sizes.expert_token else 16),
         "blocks": 2 * block,
-        "staging": 3 * (block + _least_staging(sizes)) if sizes.staged and not sizes.discrete else 0,
+        "staging": 3 * (block + _least_staging(sizes)) if sizes.staged else 0,
         "cache": min(64 << 20, (1 << 20) + spare // 64),
     }
 
@@ -195,8 +194,7 @@ def _whole(sizes: Sizes, context: int) -> Plan:
     pools, kv = sum(sizes.units) * sizes.slot, context * sizes.kv_token
     # A held layer's activations are as wide as the layer.
     activations = _activations(sizes, prefill, context) + prefill * max(sizes.units) * sizes.activation_item
-    buffer = MOST_BLOCK_BYTES + _least_staging(sizes)
-    staging, cache = buffer if sizes.staged and not sizes.discrete else 0, 16 << 20
+    staging, cache = MOST_BLOCK_BYTES + _least_staging(sizes) if sizes.staged else 0, 16 << 20
     objects, beside = _objects(sizes)
     return Plan(
         memory=sizes.resident + objects + kv + activations + staging + cache + pools,
@@ -212,7 +210,6 @@ def _whole(sizes: Sizes, context: int) -> Plan:
         capacities=sizes.units,
         units=sizes.units,
         block_units=0,
-        staging_bytes=buffer,
         prefill_tokens=prefill,
         context=context,
         whole=True,
@@ -319,19 +316,39 @@ def format_bytes(count: float) -> str:
 
 
 def available_memory() -> int:
-    """Bytes this process could still take: what the system reports, and no more than its cgroup's limit."""
+    """Bytes this process could still take: what the system reports, and no more than its cgroups' least limit."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         text = Path("/proc/meminfo").read_text()
         total = int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
         pass  # not Linux: physical memory is the best there is
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(file).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
+    return min([total, *cgroup_limits()])
+
+
+def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Limits in bytes of this process's cgroups, of both versions, and of all that these lie in.
+
+    root, own: where cgroups are mounted, and the file that names this process's, as Linux has them.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, inside = line.split(":", 2)
+        mounts = [(root / "memory", "memory.limit_in_bytes")] if "memory" in controllers.split(",") else []
+        if not controllers:  # the second version; beside the first it is mounted apart
+            mounts = [(root, "memory.max"), (root / "unified", "memory.max")]
+        for mount, name in mounts:
+            here = mount / inside.lstrip("/")
+            for folder in (here, *here.parents):
+                with contextlib.suppress(OSError, ValueError):  # none there: another mount, or "max"
+                    limits.append(int((folder / name).read_text()))
+                if folder == mount:
+                    break
+    return limits
 
 
 def as_typed(count: int) -> str:

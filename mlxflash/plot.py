@@ -1,8 +1,11 @@
-"""Pictures of what `evaluate` found: activity by layer, bytes against perplexity, new units against window size."""
+"""Pictures of what `evaluate` found: activity by layer, recall against flagged, bytes against perplexity, new units
+against window size, victim orders."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlxflash.evaluate import Report
 
@@ -22,14 +25,17 @@ def check_plot(file: str) -> None:
 
 
 def draw(reports: Sequence[tuple[str, Report]], file: str) -> None:
-    """Three panels of labelled reports of one text, the last of them the paper's rule."""
+    """Five panels of labelled reports of one text, the last of them the paper's rule, the first with victim orders."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    activity, cost, window = figure.subplots(1, 3)
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    (activity, recall, cost), (window, orders, none) = figure.subplots(2, 3)
+    none.set_axis_off()
     _activity(activity, *reports[0])
+    _recall(recall, reports)
     _cost(cost, reports)
     _window(window, *reports[0])
+    _orders(orders, *reports[0])
     figure.suptitle(f"{reports[0][1].bundle}, {reports[0][1].tokens} tokens", fontsize=10)
     figure.savefig(file)
 
@@ -42,6 +48,46 @@ def _activity(axes: Any, label: str, report: Report) -> None:
         values = [100 * getattr(layer, name) for layer in report.layers]
         axes.plot(layers, values, "o-", markersize=4, color=colour, label=said)
     axes.set(title=f"Activity by layer ({label})", xlabel="layer", ylabel="% of the layer's units", ylim=(0, None))
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _recall(axes: Any, reports: Sequence[tuple[str, Report]]) -> None:
+    """All layers together, over margins; marked is where each report was."""
+    drawn: set[str] = set()
+    for i, (label, report) in enumerate(reports):
+        colour = COLOURS[i % len(COLOURS)]
+        if report.predictor not in drawn and (margins := list(report.layers[0].margins)):
+            drawn.add(report.predictor)
+            units = [layer.units for layer in report.layers]
+            flagged = [np.average([layer.margins[m][0] for layer in report.layers], weights=units) for m in margins]
+            active = [layer.units * layer.active for layer in report.layers]
+            found = [np.average([layer.margins[m][1] for layer in report.layers], weights=active) for m in margins]
+            line = {"color": "#7F7F7F", "marker": ".", "linestyle": "--" if len(drawn) > 1 else "-"}
+            axes.plot(
+                [100 * f for f in flagged], [100 * r for r in found], label=f"{report.predictor}, margins", **line
+            )
+        axes.plot(100 * report.flagged, 100 * report.recall, "o", color=colour, label=label)
+    axes.axvline(100 * reports[0][1].active, color="#BFBFBF", linewidth=1, zorder=0, label="truly active")
+    axes.set(title="Recall against flagged", xlabel="% of the units flagged", ylabel="% of the active units found")
+    axes.set(xlim=(0, 250 * reports[0][1].active), ylim=(None, 101))
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def _orders(axes: Any, label: str, report: Report) -> None:
+    units = sum(layer.units for layer in report.layers)
+    for name, colour in zip(report.layers[0].orders, COLOURS, strict=False):
+        shares = list(report.layers[0].orders[name])
+        missed = [100 * sum(layer.orders[name][share] for layer in report.layers) / units for share in shares]
+        bound = name.startswith("Belady")
+        axes.plot(
+            [100 * s for s in shares], missed, "--" if bound else "o-", color="black" if bound else colour, label=name
+        )
+    axes.set(
+        title=f"Victim orders ({label})",
+        xlabel="% of every layer's units held",
+        ylabel="% of the units read per token",
+        ylim=(0, None),
+    )
     axes.legend(fontsize=8, frameon=False)
 
 

@@ -72,3 +72,26 @@ class Frequency:
     def reset(self) -> None:
         self._scores[:] = 0
         self._origin = None
+
+
+class Belady:
+    """The unit that is used again last leaves first: no order reads less. Knows what tokens will want, bool [tokens,
+    units], so it is a bound to compare with.
+
+    Source: Belady, A study of replacement algorithms (1966).
+    """
+
+    def __init__(self, wanted: np.ndarray):
+        self._next = np.full((len(wanted) + 1, wanted.shape[1]), len(wanted), np.int32)
+        for t in range(len(wanted) - 1, -1, -1):
+            self._next[t] = np.where(wanted[t], t, self._next[t + 1])
+        self._token = 0
+
+    def use(self, ids: np.ndarray, token: int) -> None:
+        self._token = token  # tokens count from 1, so this is the row after the present one
+
+    def worth(self, ids: np.ndarray) -> np.ndarray:
+        return -self._next[self._token, ids]
+
+    def reset(self) -> None:
+        self._token = 0

@@ -6,6 +6,7 @@ of and computes on it.
 
 import contextlib
 import mmap
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +19,7 @@ from mlxflash.reader import File, Reader
 
 HUGE_PAGE = 2 << 20
 START = np.ones(1, bool)  # the first record begins a read
-STAGING_BYTES = 2 << 20  # one round of reads that cannot land in place
+STAGING_PIECES = 8  # rounds of reads that cannot land in place: so many may be under way
 
 
 class Landing(Protocol):
@@ -59,24 +60,47 @@ class Source:
 
 
 class Staging:
-    """A page-aligned buffer between disk and slots, made on first use.
-    The windows of a model share one; `user` is the landing that has it, from its first read to its last copy.
+    """A page-aligned buffer between disk and slots, made on first use and shared out in pieces of some records.
+
+    All landings of a model share it. Who came first is given pieces first, and as many as there are: what is wanted
+    later (the next layer's units, a stream's next block) is read while what came earlier is copied out and computed.
     """
 
-    def __init__(self, num_bytes: int = STAGING_BYTES):
-        self.num_bytes = num_bytes
-        self.user: _StagedLanding | None = None
-        self._memory: memoryview | None = None
-
-    @property
-    def memory(self) -> memoryview:
-        if self._memory is None:
-            self._memory = host_memory(self.num_bytes)
-        return self._memory
+    def __init__(self, num_bytes: int, record: Record):
+        widest = (-(-record.num_bytes // BLOCK_BYTES) + 1) * BLOCK_BYTES  # a record, wherever in a block it begins
+        count = min(STAGING_PIECES, num_bytes // widest)
+        self.num_bytes, self.piece_bytes = num_bytes, num_bytes // count // BLOCK_BYTES * BLOCK_BYTES if count else 0
+        self._pieces: list[memoryview] = []
+        self.reset()
 
     def reset(self) -> None:
-        """Forget a landing that nobody will wait for; no read may be under way."""
-        self.user = None
+        """Forget landings that nobody will wait for; no read may be under way."""
+        self.landings: list[_StagedLanding] = []  # that are not done
+        self._free = list(self._pieces)
+
+    def enter(self, landing: "_StagedLanding") -> None:
+        """Start what `landing` wants to read, as far as there are pieces."""
+        if not self._pieces:
+            memory = host_memory(self.num_bytes)
+            starts = range(0, self.num_bytes - self.piece_bytes + 1, self.piece_bytes)
+            self._pieces = [memory[i : i + self.piece_bytes] for i in starts]
+            self._free = list(self._pieces)
+        self.landings.append(landing)
+        self._fill()
+
+    def finish(self, landing: "_StagedLanding") -> None:
+        """Until all of `landing` is in its slots; pieces that others have are emptied where it waits for them."""
+        while not landing.done:
+            first = landing if landing.asked else next(other for other in self.landings if other.asked)
+            self._free.append(first.copy_out())
+            self._fill()
+        if landing in self.landings:
+            self.landings.remove(landing)
+
+    def _fill(self) -> None:
+        for landing in self.landings:
+            while self._free and landing.ask(self._free[-1]):
+                self._free.pop()
 
 
 class RecordRows:
@@ -172,11 +196,17 @@ def _spans(record: Record, positions: np.ndarray, slots: np.ndarray) -> np.ndarr
     return spans
 
 
-class _StagedLanding:
-    """Records through staging: whole blocks are read, in rounds that fit the buffer, and each is copied out.
+@dataclass
+class _Round:
+    """Records that fit a piece of staging: their slots, the reads into the piece, and where each then begins in it."""
 
-    The first round starts at once when the buffer is free, the others when somebody waits.
-    """
+    slots: np.ndarray
+    spans: np.ndarray
+    starts: np.ndarray
+
+
+class _StagedLanding:
+    """Records through staging: whole blocks are read, in rounds that fit a piece, and each record is copied out."""
 
     def __init__(
         self,
@@ -188,52 +218,61 @@ class _StagedLanding:
         slots: np.ndarray,
         place: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
     ):
-        self._reader, self._file, self._staging, self._slots, self._place = reader, file, staging, slots, place
-        self._rounds = _extents(record, positions, staging.num_bytes, BLOCK_BYTES if file.direct else 1)
-        self._first: Landing | None = None
+        self._reader, self._file, self._staging, self._place = reader, file, staging, place
+        self._left = deque(_rounds(record, positions, slots, staging.piece_bytes, BLOCK_BYTES if file.direct else 1))
+        self.asked: deque[tuple[_Round, memoryview, Landing]] = deque()
         self._error: OSError | None = None
-        if self._rounds and staging.user is None:
-            staging.user = self
-            self._first = self._read(0)
+        if self._left:
+            staging.enter(self)
 
-    def _read(self, index: int) -> Landing:
-        return self._reader.submit(self._file, self._rounds[index][0], self._staging.memory)
+    @property
+    def done(self) -> bool:
+        return not self.asked and not self._left
+
+    def ask(self, piece: memoryview) -> bool:
+        """Start the next round, into `piece`; False where it is not needed."""
+        if not self._left:
+            return False
+        try:
+            landing = self._reader.submit(self._file, self._left[0].spans, piece)
+        except OSError as error:
+            return self._fail(error)
+        self.asked.append((self._left.popleft(), piece, landing))
+        return True
+
+    def copy_out(self) -> memoryview:
+        """Until the round asked for first is in its slots, or failed; its piece is free then."""
+        part, piece, landing = self.asked[0]
+        try:
+            landing.wait()
+            self._place(np.frombuffer(piece, np.uint8), part.starts, part.slots)
+        except OSError as error:
+            self._fail(error)
+        self.asked.popleft()
+        return piece
+
+    def _fail(self, error: OSError) -> bool:
+        """Keep the first error for who waits; nothing more is asked for, as all of the landing counts as lost."""
+        self._error = self._error or error
+        self._left.clear()
+        return False
 
     def wait(self) -> None:
-        staging = self._staging
-        if self._rounds and self._first is None and staging.user is not None:
-            staging.user._finish()
-        self._finish()
+        self._staging.finish(self)
         if self._error is not None:
             raise self._error
 
-    def _finish(self) -> None:
-        try:
-            source, done = np.frombuffer(self._staging.memory, np.uint8), 0
-            for index, (_, starts) in enumerate(self._rounds):
-                (self._first or self._read(index)).wait()
-                self._first = None
-                self._place(source, starts, self._slots[done : done + len(starts)])
-                done += len(starts)
-        except OSError as error:
-            self._error = error
-        finally:
-            self._rounds, self._first = [], None
-            if self._staging.user is self:
-                self._staging.user = None
 
-
-def _extents(record: Record, positions: np.ndarray, capacity: int, block: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _rounds(record: Record, positions: np.ndarray, slots: np.ndarray, capacity: int, block: int) -> list[_Round]:
     """Reads of whole blocks that cover the records at `positions` (ascending), in rounds of at most `capacity` bytes.
 
-    A round is its spans, uint64 [n, 3], packed into the buffer, and where each of its records then begins, int64.
-    Records that share or neighbour a block share an extent.
+    Records that share or neighbour a block share a read.
     """
     begin = HEADER_BYTES + positions * record.stride
     low = begin // block * block
     high = -(-(begin + record.num_bytes) // block) * block
     if len(positions) and int((high - low).max()) > capacity:
-        raise ValueError(f"records of {record.num_bytes} bytes do not fit a staging buffer of {capacity} bytes")
+        raise ValueError(f"records of {record.num_bytes} bytes do not fit pieces of staging of {capacity} bytes")
     added = np.cumsum(high - np.maximum(low, np.concatenate(([0], high[:-1]))))
     rounds, start = [], 0
     while start < len(positions):
@@ -245,8 +284,7 @@ def _extents(record: Record, positions: np.ndarray, capacity: int, block: int) -
         length = hi[np.append(first[1:], len(lo)) - 1] - lo[first]
         offset = np.cumsum(length) - length
         extent = np.repeat(np.arange(len(first)), np.diff(first, append=len(lo)))
-        rounds.append(
-            (np.stack([lo[first], offset, length], axis=1).astype(np.uint64), (offset - lo[first])[extent] + at)
-        )
+        spans = np.stack([lo[first], offset, length], axis=1).astype(np.uint64)
+        rounds.append(_Round(slots[start:stop], spans, (offset - lo[first])[extent] + at))
         start = stop
     return rounds

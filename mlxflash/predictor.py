@@ -8,6 +8,7 @@ paper's: two small matrices that `train` made.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -151,12 +152,16 @@ def read_low_bit(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, np.ndarray
 
 
 def save_low_rank(file: Path, inner: Matrix, outer: Matrix, offset: np.ndarray) -> None:
-    """One layer's trained predictor: log-odds (x inner^T) outer^T + offset; [rank, d_model], [units, rank], [units]."""
+    """One layer's trained predictor: log-odds (x inner^T) outer^T + offset; [rank, d_model], [units, rank], [units].
+
+    Where `inner` has `hidden`, that is added to its product, and a ReLU follows.
+    """
     arrays: dict[str, mx.array] = {"offset": mx.array(offset)}
+    if inner.hidden is not None:
+        arrays["hidden"] = mx.array(inner.hidden)
     meta: dict[str, str] = {}
     for name, m in (("inner", inner), ("outer", outer)):
-        arrays |= {f"{name}.weight": m.weight, f"{name}.scales": m.scales, f"{name}.biases": m.biases}
-        meta |= {f"{name}.bits": str(m.bits), f"{name}.group_size": str(m.group_size)}
+        add_matrix(name, m, arrays, meta)
     save_arrays(file, arrays, meta)
 
 
@@ -170,30 +175,40 @@ def read_low_rank(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, Matrix, n
     """What save_low_rank wrote. Raises BundleError when the file is damaged or another model's."""
     try:
         arrays, meta = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True))
-        inner, outer = (_read_matrix(arrays, meta, name) for name in ("inner", "outer"))
+        inner, outer = (read_matrix(arrays, meta, name) for name in ("inner", "outer"))
         offset = np.array(arrays["offset"].astype(mx.float32))
+        if "hidden" in arrays:
+            inner = replace(inner, hidden=np.array(arrays["hidden"].astype(mx.float32)))
     except (RuntimeError, KeyError, ValueError, TypeError) as problem:
         raise BundleError(f"{file}: not a low-rank predictor ({problem}); train again") from None
     rank = inner.weight.shape[0] if inner.weight.ndim else 0
-    good = _has_shape(inner, rank, ffn.d_model) and _has_shape(outer, layer.units, rank)
+    good = has_shape(inner, rank, ffn.d_model) and has_shape(outer, layer.units, rank)
+    good = good and (inner.hidden is None or inner.hidden.shape == (rank,))
     if not good or offset.shape != (layer.units,):
         raise BundleError(f"{file}: made for another model, {offset.size} units; train again")
     mx.eval([getattr(m, part) for m in (inner, outer) for part in ("weight", "scales", "biases")])
     return inner, outer, offset
 
 
-def _read_matrix(arrays: dict[str, mx.array], meta: dict[str, str], name: str) -> Matrix:
+def add_matrix(name: str, m: Matrix, arrays: dict[str, mx.array], meta: dict[str, str]) -> None:
+    """Put a quantised matrix among what `save_arrays` will write."""
+    arrays |= {f"{name}.weight": m.weight, f"{name}.scales": m.scales, f"{name}.biases": m.biases}
+    meta |= {f"{name}.bits": str(m.bits), f"{name}.group_size": str(m.group_size)}
+
+
+def read_matrix(arrays: dict[str, mx.array], meta: dict[str, str], name: str) -> Matrix:
     words, scales, biases = (arrays[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
     return Matrix(words, scales, biases, int(meta[f"{name}.bits"]), int(meta[f"{name}.group_size"]))
 
 
-def _has_shape(m: Matrix, rows: int, columns: int) -> bool:
+def has_shape(m: Matrix, rows: int, columns: int) -> bool:
     """Whether a quantised matrix is [rows, columns], in every part, of types and groups that kernels take."""
     if m.bits not in (2, 3, 4, 5, 6, 8) or m.group_size not in (32, 64, 128) or not rows or columns % m.group_size:
         return False
-    groups, kinds = (rows, columns // m.group_size), (mx.uint32, mx.float16, mx.float16)
+    groups = rows, columns // m.group_size
     shapes = (m.weight.shape, m.scales.shape, m.biases.shape) == ((rows, columns * m.bits // 32), groups, groups)
-    return shapes and (m.weight.dtype, m.scales.dtype, m.biases.dtype) == kinds
+    kinds = m.weight.dtype == mx.uint32 and m.scales.dtype == m.biases.dtype
+    return shapes and kinds and m.scales.dtype in (mx.float16, mx.bfloat16)
 
 
 def deciding(bundle: Bundle, index: int) -> tuple[Matrix, np.ndarray, np.ndarray]:

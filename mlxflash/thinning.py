@@ -3,7 +3,8 @@
 The model runs over text with several thresholds at once: every sequence goes through as a batch whose first row is
 exact and whose others leave out what their threshold says, in every layer: all of it, or what a simulated window does
 not hold from earlier tokens. So each layer's weights are fetched once per chunk of text for all thresholds, and the
-divergence of a row from the first is the price of its threshold.
+divergence of a row from the first is the price of its threshold. Units that are held are computed whatever they are
+worth, so the more of them, the higher the thresholds of the same price: every level has one for each share in HELD.
 
 What decides is the KL divergence, not the change of perplexity: on text as the model would write it itself they have
 the same expectation, and the first is known after some hundred tokens where the second is noise of several times the
@@ -19,6 +20,7 @@ is active, the multiplier is below zero: units are read that are probably not ac
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -32,13 +34,15 @@ from mlxflash.bundle import HEADER_BYTES, Bundle
 from mlxflash.evaluate import Progress, spread
 from mlxflash.fidelity import LEVELS, Cuts, Level
 from mlxflash.flash import FlashModel
-from mlxflash.misses import SHARES, computed, miss_curve, simulated
+from mlxflash.misses import SHARES, MissCurve, computed, miss_curve, simulated
 from mlxflash.models import family_of
+from mlxflash.plan import split_slots
 from mlxflash.predictor import floats, part_matrix
 from mlxflash.resident import one_part
 
 DROPPED = 0.3  # of the active units, the least important, left out to measure a layer's sensitivity
-PRICES = (0.00002, 0.0001, 0.0004, 0.001, 0.003, 0.008, 0.02)  # nats expected where the curve is measured first
+HELD = (0.0, 0.15, 0.3)  # of all units, shared out to layers as the planner does
+PRICES = (0.00005, 0.0002, 0.0008, 0.003, 0.01, 0.04)  # nats expected where the curve is measured first, nothing held
 AIMED = 2  # times that levels are looked for between the points there are
 AIM = 0.9  # of a level's price, where the curve says that it is
 BOUND = 1.65  # standard errors: one-sided 95 %
@@ -57,6 +61,7 @@ class Point:
     ppl_change: float
     ppl_change_se: float
     top1: float
+    held: float = 0.0
 
     def meets(self, change: float) -> bool:
         """Whether this is within a change of perplexity, as far as the text can tell."""
@@ -178,8 +183,8 @@ def find_levels(
     predictors: list[tuple[tuple[Matrix, ...], np.ndarray | None]],
     inputs: list[np.ndarray],
     sequences: list[np.ndarray],
+    curves: tuple[MissCurve, ...],
     *,
-    held: tuple[int, ...] | None = None,
     device: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Cuts, dict[str, Any]]:
@@ -188,8 +193,7 @@ def find_levels(
     model: the bundle's, exact; its FFNs are replaced. predictors: each layer's matrices, and what their product is
     compared with where that estimates the deciding product, [units] (None: any score). inputs: what the FFNs are given
     for all but the last token of each of `sequences`, float32 [tokens, d_model]; the first half of the sequences makes
-    thresholds, the others are reported on. held: units that each layer's window holds (None: nothing from earlier
-    tokens).
+    thresholds, the others are reported on. curves: each layer's, by which memory is shared out.
     """
     backend, count = make_backend(device), bundle.num_layers
     half = max(1, len(sequences) // 2)
@@ -210,36 +214,42 @@ def find_levels(
     scale = 1 / np.sqrt(cost)
     scale /= np.exp(np.log(scale).mean())
     cuts = [(layer.base, layer.threshold(s)) for layer, s in zip(layers, scale.tolist(), strict=True)]
+    units = tuple(len(base) for base, _ in cuts)
+    held = [split_slots(units, curves, int(share * sum(units))) if share else () for share in HELD]
 
-    def measured(multipliers: list[float]) -> list[Point]:
+    def measured(asked: list[tuple[tuple[int, ...], float]]) -> list[Point]:
+        """Points of what layers hold and multipliers."""
+
         def predicted(index: int) -> Keep:
             base, threshold = cuts[index]
-            windows = [simulated(len(base), held[index]) for _ in multipliers] if held else None
+            windows = [simulated(len(base), capacities[index]) if capacities else None for capacities, _ in asked]
 
             def keep(r: int, x: np.ndarray, _: np.ndarray) -> np.ndarray:
-                flags = layers[index].project(x) > base + np.float32(multipliers[r - 1]) * threshold
-                return computed(windows[r - 1], flags) if windows else flags
+                flags = layers[index].project(x) > base + np.float32(asked[r - 1][1]) * threshold
+                window = windows[r - 1]
+                return flags if window is None else computed(window, flags)
 
             return keep
 
-        points = _measure(bundle, model, predicted, len(multipliers), reported, "thresholds", progress)
-        return [replace(p, multiplier=m) for p, m in zip(points, multipliers, strict=True)]
+        points = _measure(bundle, model, predicted, len(asked), reported, "thresholds", progress)
+        return [replace(p, multiplier=m, held=sum(c) / sum(units)) for p, (c, m) in zip(points, asked, strict=True)]
 
-    points = measured(_multipliers(layers, scale, cost))
+    def of(capacities: tuple[int, ...]) -> list[Point]:
+        return [p for p in points if p.held == sum(capacities) / sum(units)]
+
+    points = measured([(c, m) for c in held for m in _multipliers(layers, scale, cost)])
     for _ in range(AIMED):
-        points = sorted(points + measured(_aimed(points)), key=lambda p: p.multiplier)
-    levels = {}
-    for name, change in LEVELS.items():
-        good = [p for p in points if p.meets(change)]
-        best = good[-1] if good else min(points, key=lambda p: p.kl)
+        points += measured([(c, m) for c in held for m in _aimed(of(c))])
+    points.sort(key=lambda p: (p.held, p.multiplier))
+    levels: dict[str, list[dict[str, Any]]] = {name: [] for name in LEVELS}
+    for capacities, (name, change) in product(held, LEVELS.items()):
+        good = [p for p in of(capacities) if p.meets(change)]
+        best = good[-1] if good else min(of(capacities), key=lambda p: p.kl)
         flags = [layer.flags(s, best.multiplier) for layer, s in zip(layers, scale.tolist(), strict=True)]
-        flagged, share = (
-            float(np.mean([f.mean() for f in flags])),
-            sum(held) / sum(len(c[0]) for c in cuts) if held else 0.0,
-        )
-        level = Level(name, met=bool(good), flagged=flagged, held=share, **asdict(best))
-        curves = {"shares": SHARES, "layers": [miss_curve(f).misses for f in flags]}
-        levels[name] = {k: v for k, v in asdict(level).items() if k != "name"} | {"misses": curves}
+        misses = {"shares": SHARES, "layers": [miss_curve(f).misses for f in flags]}
+        flagged = float(np.mean([f.mean() for f in flags]))
+        level = Level(name, met=bool(good), flagged=flagged, misses=misses, **asdict(best))
+        levels[name].append({k: v for k, v in asdict(level).items() if k != "name"})
     tokens = sum(len(s) - 1 for s in reported)
     return cuts, {"tokens": tokens, "levels": levels, "points": [asdict(p) for p in points]}
 

@@ -3,18 +3,22 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mlxflash.backends import FFN, Backend
+from mlxflash.backends import FFN, PARTIAL_SUMS, Backend
 from mlxflash.bundle import ITEM_BYTES, Bundle, Manifest
 from mlxflash.diskprofile import DiskProfile
 from mlxflash.fidelity import Level
-from mlxflash.forecast import Forecast, Work, forecast, machine_profile
+from mlxflash.forecast import COPY, Forecast, Work, forecast, machine_profile
 from mlxflash.misses import MissCurve
 from mlxflash.models import kv_values_per_token, state_values
-from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, Plan, Sizes
+from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, PREFILL_TOKENS, Plan, Sizes
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
 
-STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
+STORED = {  # predictors that lie in a bundle: what to do where one is missing
+    "low-bit": "convert again, or use --exact",
+    "low-rank": "`mlxflash train` makes one",
+    "bound": "`mlxflash calibrate --predictor bound` makes one",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Way:
     predictor: str
     level: Level | None
     look_ahead: bool
+    predicted: bool  # only predicted rows of those held are computed
     plan: Plan
     disk: DiskProfile | None
     expected: Forecast | None
@@ -47,20 +52,32 @@ def forecast_of(
     backend: Backend,
     disk: DiskProfile | None,
     look_ahead: bool,
+    predicted: bool,
 ) -> Forecast | None:
-    """Of a decoded token; None for experts, where misses were not measured, and where reads may be cached."""
+    """Of a decoded token; None where reads may be cached, where misses were not measured, and for experts in formats
+    whose products are not."""
     manifest = bundle.manifest
-    if manifest.layout == "experts" or (not plan.whole and (disk is None or sizes.curves is None)):
+    if not plan.whole and disk is None:
         return None
+    if manifest.quantization and manifest.quantization["mode"] != "affine":
+        return None
+    mixture, streams = manifest.layout == "experts", predictor == "all" and not plan.whole
     misses = (0.0,) * len(plan.units)
     if not plan.whole and sizes.curves is not None:
         misses = tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
+    elif not plan.whole and mixture:
+        misses = tuple(sizes.least_slots * (1 - h / n) for h, n in zip(plan.capacities, plan.units, strict=True))
+    elif not (plan.whole or streams):
+        return None
     kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
-    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8"}.get(predictor, kind)
+    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8", "bound": "8"}.get(predictor, kind)
     head = any(t.name.startswith("lm_head.") for t in found)
     idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
     ahead = manifest.calibration.get("look-ahead") if look_ahead else None
     recall = ahead["recall"] if ahead else 0.0
+    wanted: tuple[float, ...] = (sizes.least_slots,) * len(plan.units) if mixture else ()
+    if predicted and sizes.curves:
+        wanted = tuple(curve.misses[0] for curve in sizes.curves)
     work = Work(
         resident=sum(t.num_bytes for t in found if not any(name in t.name for name in idle)),
         kind=kind,
@@ -71,15 +88,21 @@ def forecast_of(
         misses=misses,
         recall=recall,
         over=ahead["flagged"] / max(1e-9, ahead["active"]) - recall if ahead else 0.0,
+        wanted=wanted,
+        staged=not (manifest.record.aligned or sizes.discrete),
+        streams=streams,
+        chance=mixture and not plan.whole and sizes.curves is None,
     )
-    return forecast(plan, work, machine_profile(backend, {kind, guessed, "float32"}), disk)
+    kinds = {kind, guessed, "float32"} | ({COPY} if work.staged else set())
+    return forecast(plan, work, machine_profile(backend, kinds), disk)
 
 
 def curves_of(manifest: Manifest, predictor: str, level: Level | None) -> tuple[MissCurve, ...] | None:
     """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
-    said = manifest.calibration.get(predictor if predictor in STORED else "low-bit", {}).get("misses")
+    measured = predictor if predictor in (*STORED, "router") else "low-bit"
+    said = manifest.calibration.get(measured, {}).get("misses")
     if level is not None:
-        said = manifest.calibration["fidelity"][predictor]["levels"][level.name]["misses"]
+        said = level.misses
     if said is None or predictor == "all":
         return None
     shares = tuple(said["shares"])
@@ -118,6 +141,9 @@ def sizes_of(
         least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
     elif manifest.routed:
         token = max(units) * (item + 2)  # what the predictor says of each unit
+    elif manifest.layout == "blocks":  # the products of a layer's neurons, and down's of some blocks
+        sums = PARTIAL_SUMS // PREFILL_TOKENS[-1]
+        least, token = 1, (3 * max(units) * ffn.neurons + sums * manifest.d_model) * item
     return Sizes(
         model=stored + bundle.streamed_bytes(),
         resident=resident + 4 * state_values(config),
@@ -132,7 +158,7 @@ def sizes_of(
         score_token=2 * int(config["num_attention_heads"]) * 4,
         activation_item=item,
         vocabulary=int(config["vocab_size"]),
-        staged=backend.slot_bytes(ffn) != manifest.record.stride or not manifest.record.aligned,
+        staged=backend.is_staged(ffn),
         discrete=backend.discrete,
         least_slots=least,
         expert_token=token,

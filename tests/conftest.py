@@ -1,6 +1,11 @@
+import sys
+from pathlib import Path
+
 import pytest
 
 from build import Library
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))  # last: its trace.py is not Python's
 
 
 @pytest.fixture(scope="session")

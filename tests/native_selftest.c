@@ -115,6 +115,64 @@ static void check(const struct format *f, size_t m) {
         for (size_t c = 0; c < f->cols; c++) compare(out[t * f->cols + c], expected[t][c], magnitude[t][c]);
 }
 
+/* Rows of a quantised matrix, its scales and its biases, one after the other; how many bytes that is. */
+static size_t store_matrix(const struct format *f, size_t rows, uint8_t *p) {
+    const size_t scales = rows * scales_size(f);
+    for (size_t i = 0; i < rows * row_size(f); i++) p[i] = (uint8_t)random_bits();
+    store_random(f->scale_kind, p + rows * row_size(f), 2 * rows * scales_size(f) / kind_size(f->scale_kind));
+    return rows * row_size(f) + 2 * scales;
+}
+
+static double matrix_weight(const struct matrix *matrix, const uint8_t *record, size_t r, size_t c) {
+    const struct format *f = &matrix->format;
+    const struct row row = {record + matrix->first.weights + r * row_size(f),
+                            record + matrix->first.scales + r * scales_size(f),
+                            record + matrix->first.biases + r * scales_size(f)};
+    return weight(f, &row, c);
+}
+
+static struct matrix matrix_at(const struct format *f, size_t rows, size_t at) {
+    const size_t words = rows * row_size(f);
+    return (struct matrix){*f, {at, at + words, at + words + rows * scales_size(f)}};
+}
+
+/* ReLU blocks whose `down` has rows of one group of `f`. */
+static void check_blocks(const struct format *f, size_t m) {
+    enum { BLOCKS = 3, D = 96, MOST = BLOCKS * (128 * D * 2 + 4 * 128 * 16 + 8 * D) };
+    static uint8_t pool[MOST];
+    static float x[TOKENS * D], out[TOKENS * D];
+    const struct format up = {AFFINE, f->scale_kind, 4, 32, D};
+    size_t stride = 0;
+    for (size_t i = 0; i < BLOCKS; i++) {
+        const size_t first = store_matrix(&up, f->cols, pool + i * stride);
+        stride = first + store_matrix(f, D, pool + i * stride + first);
+    }
+    for (size_t i = 0; i < m * D; i++) x[i] = random_float();
+    const struct blocks call = {.pool = pool, .record_stride = stride, .n = BLOCKS, .m = m, .d = D,
+                                .neurons = f->cols, .up = matrix_at(&up, f->cols, 0),
+                                .down = matrix_at(f, D, f->cols * (row_size(&up) + 2 * scales_size(&up))),
+                                .act = RELU, .x = x, .out = out};
+    memset(out, 0, sizeof out);
+    compute_blocks(&call);
+    for (size_t t = 0; t < m; t++) {
+        double expected[D] = {0}, magnitude[D] = {0};
+        for (size_t i = 0; i < BLOCKS; i++)
+            for (size_t r = 0; r < f->cols; r++) {
+                const uint8_t *record = pool + i * stride;
+                double h = 0, size = 0;
+                for (size_t c = 0; c < D; c++) {
+                    h += matrix_weight(&call.up, record, r, c) * x[t * D + c];
+                    size += fabs(x[t * D + c]) * 32;
+                }
+                for (size_t c = 0; c < D; c++) {
+                    if (h > 0) expected[c] += h * matrix_weight(&call.down, record, c, r);
+                    magnitude[c] += size * (double)(2 << f->bits);
+                }
+            }
+        for (size_t c = 0; c < D; c++) compare(out[t * D + c], expected[c], magnitude[c]);
+    }
+}
+
 int main(void) {
     static const char *const names[] = {"avx512", "avx2", "neon", "portable"};
     static const size_t odd[] = {1, 7, 33, 515, COLS};
@@ -126,9 +184,11 @@ int main(void) {
             for (int kind = F32; kind <= BF16; kind++)
                 for (size_t i = 0; i < 5; i++) check(&(struct format){.kind = (enum kind)kind, .cols = odd[i]}, m);
             for (int bits = 1; bits <= 8; bits += bits == 6 ? 2 : 1)
-                for (size_t group = 32; group <= 128; group *= 2)
+                for (size_t group = 32; group <= 128; group *= 2) {
                     for (size_t groups = 1; groups * group <= COLS; groups += 4)
                         check(&(struct format){AFFINE, (enum kind)(bits % 3), bits, group, groups * group}, m);
+                    check_blocks(&(struct format){AFFINE, (enum kind)(bits % 3), bits, group, group}, m);
+                }
         }
         printf("%s: largest error %.3f of the bound\n", names[n], largest);
         passed = passed && largest <= 1;

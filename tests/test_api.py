@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import weakref
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm import generate as mlx_lm_generate
 from mlx_lm.generate import GenerationResponse, generate_step
@@ -398,6 +400,8 @@ def test_arguments_that_make_no_sense_are_refused(exact):
         (PROMPT, {"max_tokens": -2}, "max_tokens -2"),
         (prompt_of(CONTEXT + 1), {}, f"room for {CONTEXT}"),
         (prompt_of(513), {"max_kv_size": 16}, "room for 512"),
+        ([5, 300], {}, "token 300 of the prompt is outside the model's vocabulary of 300"),
+        ([5, -1], {}, "token -1 of the prompt"),
     ):
         with pytest.raises(ValueError, match=words):
             tokens_of(model, tokenizer, prompt, **settings)
@@ -411,6 +415,27 @@ def test_arguments_that_make_no_sense_are_refused(exact):
     ):
         with pytest.raises(ValueError, match=words):
             load(model.flash.bundle.path, **settings)
+
+
+@pytest.mark.parametrize("token", [300, -1, 1 << 30])
+def test_a_token_outside_the_vocabulary_is_one_sentence_on_the_cpu(tiny, token):
+    """MLX's own devices do not look; what comes through `stream_generate` is checked for all."""
+    with load_at(tiny, "native") as model:
+        want = np.array(model(mx.array([PROMPT])))
+        with pytest.raises(ValueError, match=f"token or position {token}: this model has 300"):
+            model(mx.array([[5, token]]))
+        assert np.array_equal(np.array(model(mx.array([PROMPT]))), want)
+
+
+def test_the_readmes_program_runs_as_written():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    [program] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert run.stderr == ""
+    assert run.returncode == 0
+    *text, stats = run.stdout.splitlines()
+    assert len(" ".join(text)) > 100
+    assert "mode='approximate (high" in stats
 
 
 def test_importing_loads_nothing_heavy():

@@ -59,13 +59,30 @@ def process(*command):
     return subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The output of a run of end_to_end at the tiny shape, with its default budget."""
-    folder = tmp_path_factory.mktemp("end-to-end")
-    done = process(sys.executable, "benchmarks/end_to_end.py", "--shape", "tiny", "--tokens", "8", "--dir", folder)
+def benchmark(name, *arguments):
+    """What it prints; its last line is JSON where it has any."""
+    done = process(sys.executable, f"benchmarks/{name}.py", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where bundles of tiny shapes are kept."""
+    return tmp_path_factory.mktemp("shapes")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    """The output of a run of end_to_end at the tiny shape, with its default budget."""
+    return benchmark("end_to_end", "--shape", "tiny", "--tokens", "8", "--dir", folder)
+
+
+@pytest.fixture(scope="module")
+def bundle(folder):
+    if not (folder / "tiny.flash").exists():
+        benchmark("shapes", "tiny", folder / "tiny.flash")
+    return folder / "tiny.flash"
 
 
 def test_end_to_end_says_where_every_way_spent_a_token(tiny):
@@ -77,6 +94,105 @@ def test_end_to_end_says_where_every_way_spent_a_token(tiny):
         assert row["compute_ms"] + row["wait_ms"] + row["manage_ms"] == pytest.approx(row["ms"])
     read = {row["mode"]: row["bytes"] for row in run["rows"]}
     assert read["naive"] > read["hybrid"] > read["flash"] > read["resident4"] == 0
+
+
+def test_end_to_end_shows_what_staging_costs(folder):
+    said = benchmark("end_to_end", "--shape", "tiny-falcon-relu", "--layers", "2", "--tokens", "4", "--dir", folder)
+    run = json.loads(said.splitlines()[-1])
+    assert [row["mode"] for row in run["rows"]] == WAYS
+    assert run["bytes"] > run["staged_bytes"] > 0  # whole blocks are read
+    assert run["staged_ms"] > 0
+    assert "wanted" in said
+
+
+def test_end_to_end_of_a_dense_shape_is_exact_streaming(folder):
+    said = benchmark("end_to_end", "--shape", "tiny-llama", "--layers", "2", "--dir", folder)
+    run = json.loads(said.splitlines()[-1])
+    assert run.keys() >= RUN - {"flash_ms"}
+    assert [row["mode"] for row in run["rows"]] == WAYS[:3]
+    hybrid = run["rows"][1]
+    assert run["bytes"] == hybrid["bytes"] > 0
+    assert hybrid["alone_ms"] > 0
+    assert "of its reads alone" in said
+
+
+def test_a_trace_is_as_published_of_its_shape():
+    said = benchmark("trace", "synthetic", "--shape", "tiny-falcon-relu", "--tokens", "24")
+    asked, flagged, union = (
+        next(x for x in said.splitlines() if word in x) for word in ("asked", "  flagged", "union of 5")
+    )
+    assert asked == "asked for: 15.0% flagged, 33.0% in 5, 3.1% new"
+    assert float(flagged.split()[1].rstrip("%")) == pytest.approx(15, abs=1)
+    assert float(union.split()[3].rstrip("%")) == pytest.approx(33, abs=2)
+
+
+def test_naive_takes_turns(bundle):
+    said = benchmark("naive", bundle, "--memory", "60%", "--trace", "--tokens", "4", "--warm", "2", "--rounds", "2")
+    run = json.loads(said.splitlines()[-1])
+    assert [row["mode"] for row in run["rows"]] == ["naive", "hybrid", "flash"]
+    assert [row["tokens"] for row in run["rows"]] == [4, 4, 8]
+
+
+def test_streaming_stands_beside_its_reads(bundle):
+    said = benchmark("streaming", bundle, "--memory", "50%", "--tokens", "2")
+    assert [line.split()[0] for line in said.splitlines()[-4:-1]] == ["alone", "chained", "reads"]
+
+
+def test_a_few_tokens_both_ways(folder, bundle):
+    said = benchmark("few_tokens", "--shape", "tiny", "--memory", "60%", "--reps", "1", "--dir", folder)
+    rows = {row["tokens"]: row for row in json.loads(said.splitlines()[-1])["rows"]}
+    assert list(rows) == [1, 2, 4, 8, 32, 128]
+    assert rows[2]["union"]["bytes"] < rows[2]["stream"]["bytes"]
+
+
+def test_a_model_that_fits_on_both_devices(folder, bundle):
+    said = benchmark("resident", "--shape", "tiny", "--tokens", "2", "--rounds", "1", "--dir", folder)
+    assert json.loads(said.splitlines()[-1])["ms"].keys() == {"cpu", "mlx-cpu"}
+
+
+def llama(folder, *arguments):
+    shapes = "--shape", "tiny-llama-relu", "--small", "tiny-llama", "--layers", "2"
+    return process(sys.executable, "benchmarks/against_llamacpp.py", *shapes, "--dir", folder, *arguments)
+
+
+def test_llama_cpp_computes_the_same(folder):
+    """Where it is installed; else this says what to do."""
+    done = llama(folder, "--tokens", "2")
+    if "needs" in done.stderr:
+        assert done.stderr.endswith("pip install llama-cpp-python gguf\n")
+        pytest.skip("llama.cpp is not installed")
+    if "no memory cgroup" in done.stderr:
+        pytest.skip("no memory cgroup can be made here")
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    assert rows.keys() == {"exact", "sparse", "fits"}
+    assert rows["exact"]["logits"] < 0.02
+    assert rows["fits"]["logits"] < 0.02
+    assert rows["exact"]["bytes"] > rows["sparse"]["bytes"] > rows["fits"]["bytes"] == 0
+
+
+def test_our_half_of_the_comparison_runs_without_llama_cpp(folder):
+    path = folder / "worker.flash"
+    benchmark("shapes", "tiny-llama-relu", path)
+    job = {"program": "ours", "path": str(path), "tokens": 2, "memory": 90_000_000, "layers": None}
+    sparse, exact = (
+        json.loads(llama(folder, "--worker", json.dumps(job | {"shape": shape})).stdout)
+        for shape in ("tiny-llama-relu", None)
+    )
+    assert len(sparse["seconds"]) == len(exact["seconds"]) == 2
+    assert exact["bytes"] > sparse["bytes"] > 0
+
+
+def test_a_checkpoint_of_pytorchs_converts_and_generates_in_a_cgroup(tmp_path):
+    shape = "--shape", "tiny-llama", "--layers", "1"
+    done = process(sys.executable, "benchmarks/cgroup.py", *shape, "--bin", "--limit", "400MB", "--dir", tmp_path)
+    if "no memory cgroup" in done.stderr:
+        pytest.skip("no memory cgroup can be made here")
+    assert done.returncode == 0, done.stderr
+    run = json.loads(done.stdout.splitlines()[-1])
+    assert [row["step"] for row in run["rows"]] == ["convert", "generate"]
+    assert all(0 < row["charged"] <= 400_000_000 for row in run["rows"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_picture_shows_every_way(tiny, tmp_path):

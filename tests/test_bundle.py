@@ -268,8 +268,14 @@ NUMBERS = [True, False, -1, 0, 1 << 40, 10**30, 1.5, float("nan")]
 BAD = [DELETE, None, *NUMBERS, "x", "", [], [0], {}, "../x", "/etc/passwd"]
 TOLD = {"source", "order", "model_type"}  # of a manifest: for people, nothing is computed with it
 FIGURES = [("low-bit", "recall"), ("low-bit", "perplexity_change"), ("low-bit", "margin")]
+FIGURES += [("rounding", key) for key in ("bits", "kl", "kl_se", "top1", "tokens")]
+WORDS = [("rounding", key) for key in ("dtype", "text")]
 MISSES = {"shares": [0.0, 0.5, 1.0], "layers": [[30.5, 20.0, 1.5], [25.0, 2.5, 0.5]]}
-CALIBRATION = {"low-bit": {"recall": 0.95, "perplexity_change": 0.01, "margin": 0.75, "misses": MISSES}}
+ROUNDING = {"bits": 4, "kl": 0.01, "kl_se": 0.001, "top1": 0.9, "tokens": 255, "dtype": "float32", "text": "text"}
+CALIBRATION = {
+    "low-bit": {"recall": 0.95, "perplexity_change": 0.01, "margin": 0.75, "misses": MISSES},
+    "rounding": ROUNDING,
+}
 
 
 @pytest.mark.parametrize("place", ["record", "record in headers too", "quantization", "rest"])
@@ -294,7 +300,8 @@ def test_any_value_of_a_manifest(library, tmp_path, bits, place):
     same = {("calibration", "nothing"), ("calibration", "{}"), ("quantization", "nothing")}
     same |= {(*where, "nothing") for where in places(manifest) if where[-1] == "offset" or where[0] == "calibration"}
     same |= {("calibration", *which, str(bad)) for which in FIGURES for bad in (-1, 0, 1 << 40, 10**30, 1.5)}
-    same |= {("calibration", "low-bit", "misses", "nothing")}
+    same |= {("calibration", *which, repr(bad)) for which in WORDS for bad in ("x", "", "../x", "/etc/passwd")}
+    same |= {("calibration", "low-bit", "misses", "nothing"), ("calibration", "rounding", "nothing")}
     same |= {
         ("calibration", "low-bit", "misses", "layers", i, j, "1.5") for i in range(2) for j in range(3)
     }  # still falling

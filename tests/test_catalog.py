@@ -1,12 +1,12 @@
-"""Public models by name: the arithmetic of their sizes is the loader's, and what is said before a download is true."""
+"""Public models by name: the arithmetic of their sizes is the loader's."""
 
 import json
 
 import pytest
 
-from mlxflash.catalog import ALIASES, KNOWN, Known, preview
-from mlxflash.hub import STORY, is_repo, weights_pattern
-from mlxflash.plan import BudgetError, format_bytes
+from mlxflash.catalog import ALIASES, KNOWN, STORY, Known
+from mlxflash.hub import is_repo, weights_pattern
+from mlxflash.plan import BudgetError
 
 MILLIONS = {  # parameters, as model cards have them
     "opt-6.7b": 6658, "falcon-7b": 6922, "falcon-40b": 41303, "llama-2-7b": 6738, "llama-3.1-8b": 8030,
@@ -85,18 +85,6 @@ def test_the_arithmetic_of_mixtures(tmp_path):
     assert known.smallest() == pytest.approx(refused.value.smallest, rel=0.05)
 
 
-def test_preview():
-    known = KNOWN["falcon-7b"]
-    said = preview(known, "6GB").splitlines()
-    assert "tiiuae/falcon-7b" in said[0]
-    assert "13.84 GB on disk; in 6.00 GB of memory" in said[1]
-    assert "per token, exactly as the model is" in said[1]
-    assert "-q 4" in said[2]
-    assert "all of it held" in said[2]
-    assert f"{format_bytes(known.smallest())} of memory at least" in preview(known, "1GB")
-    assert "only those predicted are read" in preview(KNOWN["opt-6.7b"], "9GB")
-
-
 @pytest.mark.parametrize(("name", "good"), [
     ("a/b", True), ("a-b/c.d", True), ("a/b@main", True), ("a/b@refs/pr/1", True), ("a", False), ("a/b/c", False),
     ("a/b@", False), ("../a/b", False),
@@ -121,27 +109,3 @@ def test_models_lists_them(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["opt-6.7b"]["kind"] == "sparse"
     assert facts["opt-6.7b"]["smallest_memory"]["q4"] == KNOWN["opt-6.7b"].smallest(4)
-
-
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_what_is_taken_from_the_hub(monkeypatch, tmp_path, weights):
-    """One kind of weights, of one revision, once what it takes has been said."""
-    import huggingface_hub
-
-    from mlxflash.hub import download
-
-    asked = []
-
-    def listed(self, repo, revision=None):
-        asked.append((repo, revision))
-        return ["config.json", weights, "pytorch_model.bin", "training_args.bin"]
-
-    def downloaded(repo, revision, allow_patterns, ignore_patterns):
-        asked.append((repo, revision, allow_patterns[-1], ignore_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloaded)
-    assert download("org/name@v2", lambda: asked.append("said")) == tmp_path
-    pattern = "*.safetensors" if weights == "model.safetensors" else "pytorch_model*.bin"
-    assert asked == [("org/name", "v2"), "said", ("org/name", "v2", pattern, ["*/*", "consolidated*"])]

@@ -245,9 +245,25 @@ def test_a_trained_predictor_generates(command, library, tmp_path):
     assert run.out.count("recall ") == 1
 
 
+def test_a_bound_makes_an_exact_run_sparse(command, library, tmp_path):
+    bundle, text = tmp_path / "made.flash", tmp_path / "text.txt"
+    assert command("convert", library.checkpoint(), bundle, "--calibrate", "none").code == 0
+    text.write_text("It was the best of times, it was the worst of times. " * 40, encoding="utf-8")
+    run = command("calibrate", bundle, "--text", text, "--predictor", "bound")
+    assert "predictor   bound, " in run.out
+    memory = ("--memory", "4.8MB", "--max-kv-size", "128", "--exact", "--json")
+    sparse, streamed = (
+        json.loads(command(*generate(bundle, *memory, "--predictor", name)).out) for name in ("bound", "all")
+    )
+    assert (sparse["mode"], streamed["mode"]) == ("exact (bound)", "exact (streaming)")
+    assert sparse["text"] == streamed["text"]
+    assert 0 < sparse["bytes_per_token"] < 0.2 * 2 * 256 * 512  # of all units
+
+
 def test_info_answers_without_mlx():
     code = (
         "import sys; from mlxflash.cli import main; main(['info', 'story']); main(['verify', 'story']);"
+        "main(['models']);"
         "print([m for m in ('mlx', 'mlx_lm', 'transformers') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -255,10 +271,31 @@ def test_info_answers_without_mlx():
     assert run.stdout.endswith("[]\n")
 
 
+def test_the_embedded_model_has_one_name_everywhere(command, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 20, encoding="utf-8")
+    for verb in ("info", "verify"):
+        assert command(verb, "story").code == 0
+    small = ("--text", text, "--tokens", "32")
+    assert "high" in command("eval", "story", *small, "--memory", "24MB", "--context", "32").out
+    run = command("reorder", "story", tmp_path / "ordered.flash", *small)
+    assert "fewer" in run.out
+    assert command("verify", tmp_path / "ordered.flash").code == 0
+    for verb in ("calibrate", "train"):
+        refused(command(verb, "story", *small), "story: the embedded model stays as it is", f"{verb} the copy")
+
+
 @pytest.mark.parametrize("name", ["opt-125m", "some-org/some-model"])
 def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path):
+    """After what a public model would take and do here."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "MLXFLASH_CACHE": str(tmp_path / "cache")}
-    refused(process("generate", "--model", name, "-p", "x", env=offline), name, "not on this machine")
+    run = process("generate", "--model", name, "-p", "x", env=offline)
+    *before, last = run.err.splitlines(keepends=True)
+    refused(Run(run.code, run.out, last), name, "not on this machine")
+    assert bool(before) == (name == "opt-125m")
+    if before:
+        assert before[0].startswith("facebook/opt-125m: ")
+        assert "-q 4 " in before[2]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +332,9 @@ def test_a_name_that_needs_the_network_is_one_sentence_without_it(name, tmp_path
         (["verify", "nowhere"], ["nowhere", "not a bundle"]),
         (["calibrate", "nowhere"], ["nowhere", "not a bundle"]),
         (["train", "nowhere", "--text", "x"], ["nowhere", "not a bundle"]),
-        (["train", "nowhere"], ["--text"]),
+        (["train", "nowhere"], ["--text", "--import"]),
+        (["train", "nowhere", "--text", "x", "--import", "y"], ["--text", "--import"]),
+        ([*STORY, "--exact", "--predictor", "low-rank"], ["--exact", "low-rank", "contradict"]),
         (["train", "nowhere", "--text", "x", "--tokens", "0"], ["--tokens 0"]),
         ([*STORY, "--predictor", "low-rank"], ["no low-rank predictor", "mlxflash train"]),
         (["convert", "nowhere", "x"], ["nowhere", "no such directory"]),

@@ -9,7 +9,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from build import BACKENDS, UNTIED, load, prompt_of
 from mlxflash import diskprofile
-from mlxflash.diskprofile import COUNTS, SIZES, DiskProfile, disk_profile
+from mlxflash.diskprofile import COUNTS, SIZES, DiskProfile, disk_of, disk_profile
+from mlxflash.kept import Watch
 from test_exactness import TOLERANCE, assert_same_logits, dense_logits
 
 
@@ -48,6 +49,7 @@ def test_a_gap_is_worth_a_reads_overhead():
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXFLASH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Watch, "quiet", True)
     monkeypatch.setattr(diskprofile, "LEAST_SECONDS", 0)
     return tmp_path / "cache" / "disks"
 
@@ -67,6 +69,18 @@ def test_a_disk_is_measured_once(tmp_path, kept, monkeypatch):
     assert np.array(first.seconds).shape == (len(SIZES), len(COUNTS))
     monkeypatch.setattr(DiskProfile, "measure", None)
     assert disk_profile(files) == first
+
+
+def test_a_disk_without_files_is_tried_and_left_as_it_was(tmp_path, kept, monkeypatch):
+    """A folder that is not there yet is on its parent's disk; what was measured of that disk before is taken."""
+    trial = disk_of(tmp_path / "not" / "yet")
+    if trial is None:
+        pytest.skip("this file system has no direct reads")
+    assert min(map(min, trial.seconds)) > 0
+    assert list(tmp_path.iterdir()) == []
+    known = disk_profile(files_of(tmp_path))
+    monkeypatch.setattr(DiskProfile, "measure", None)
+    assert disk_of(tmp_path / "not" / "yet") == known
 
 
 @pytest.mark.parametrize("harm", ["", "nonsense", '{"seconds": [[1]]}', '{"seconds": null}', "zero"])

@@ -15,6 +15,8 @@ mx = pytest.importorskip("mlx.core")
 from mlxflash.bundle import Bundle  # noqa: E402
 from mlxflash.cli import main  # noqa: E402
 from mlxflash.evaluate import SPANS, Dense, evaluate, new_units, spread  # noqa: E402
+from mlxflash.model import load_bundle  # noqa: E402
+from mlxflash.predictor import MARGIN  # noqa: E402
 
 SHAPE = Shape(ffn=2048)
 TOKENS = np.array(prompt_of(97))
@@ -79,6 +81,31 @@ def test_bytes_are_the_layers_sum_and_the_kernels_count(bundle, reports, name):
     if name != "all":
         missed = sum((1 - la.hit_rate) * la.flagged * la.units for la in r.layers)
         assert missed * bundle.manifest.record.stride == pytest.approx(r.bytes_per_token, rel=0.01)
+
+
+def test_recall_by_margin_is_that_of_runs_with_the_margin(dense):
+    """The more is flagged, the more is found; a run's own place is on the curve that is drawn of it."""
+    for layer in evaluate(dense, predictor="low-bit", margin=MARGIN).layers:
+        assert layer.margins[MARGIN] == pytest.approx((layer.flagged, layer.recall))
+        flagged, recall = zip(*layer.margins.values(), strict=True)
+        assert list(flagged) == sorted(set(flagged))
+        assert list(recall) == sorted(recall)
+
+
+def test_layers_that_come_to_hold_all_their_units_are_measured_on(bundle):
+    with load_bundle(bundle.path, max_kv_size=41) as model:
+        whole = model.flash.plan.memory
+    memory = next(m for m in range(whole, 0, -20_000) if not planned(bundle, m).whole)
+    with Dense(bundle, TOKENS, context=40, memory=memory) as dense:
+        report = evaluate(dense, predictor="low-bit", margin=20.0)
+    for layer in report.layers:
+        assert layer.capacity == layer.units
+        assert min(layer.flagged, layer.recall) > 0.95
+
+
+def planned(bundle, memory):
+    with load_bundle(bundle.path, memory=memory, max_kv_size=41) as model:
+        return model.flash.plan
 
 
 def test_new_units_are_those_that_no_token_of_the_window_used():
@@ -173,4 +200,6 @@ def test_a_picture_is_drawn_or_its_package_named(bundle, text, tmp_path, capfd):
         assert not file.exists()
         return
     assert code == 0
-    assert "the paper" in file.read_text()
+    drawn = file.read_text()
+    for words in ("Activity by layer", "Recall against flagged", "the paper", "New units", "Belady"):
+        assert words in drawn

@@ -536,3 +536,52 @@ def test_damaged_manifests(zoo, tmp_path, damage):
 
 def test_every_mixture_of_the_table_is_tested():
     assert {name for name, family in FAMILIES.items() if family.layout == "experts"} == set(mixtures.CONFIGS)
+
+
+def test_a_calibrated_mixture_misses_what_its_curves_say(zoo, tmp_path, monkeypatch):
+    """Teacher-forced through the decode path, on the text they were measured on; the forecast takes them from there."""
+    from mlxflash.routing import measure_routing
+
+    monkeypatch.setenv("MLXFLASH_CACHE", str(tmp_path / "cache"))
+    path = shutil.copytree(zoo("qwen3_moe")[1], tmp_path / "ours.flash")
+    with load(path, "native", "part", None, direct=True) as model:
+        before = model.flash.forecast
+        said = model.flash.describe()
+    text = np.random.default_rng(3).integers(3, 300, 128)
+    curves = measure_routing(Bundle.open(path), text).manifest.calibration["router"]["misses"]
+    with load(path, "native", "part", None, direct=True) as model:
+        held = model.flash.plan.capacities
+        cache = make_prompt_cache(model)
+        counts = []
+        for i, token in enumerate(text.tolist()):
+            if i == 64:  # sequences of half the text
+                cache = make_prompt_cache(model)
+            model(mx.array([[token]]), cache=cache)
+            counts.append([layer.window.num_misses for layer in model.flash.layers])
+        after = model.flash.forecast
+    missed = (np.array(counts[-1]) - counts[len(text) // 4 - 1]) / (len(text) * 3 // 4)
+    for n, curve, real in zip(held, curves["layers"], missed, strict=True):
+        assert real == pytest.approx(np.interp(n / 16, curves["shares"], curve), abs=0.25)
+        assert curve[0] > 3 * curve[-1]
+    if before is None:
+        pytest.skip("this file system has no direct reads")
+    assert before.chance
+    assert not after.chance
+    assert before.reads == pytest.approx(sum(4 * (1 - n / 16) for n in held))
+    assert after.reads == pytest.approx(missed.sum(), abs=0.75)
+    assert "or more tokens per second" in said
+    damaged = json.loads((path / "manifest.json").read_text())
+    damaged["calibration"]["router"]["misses"]["layers"].pop()
+    (path / "manifest.json").write_text(json.dumps(damaged))
+    with pytest.raises(BundleError, match="misses of its experts"):
+        Bundle.open(path)
+
+
+def test_calibrate_and_info_tell_of_a_router(zoo, tmp_path, capsys):
+    from mlxflash.cli import main
+
+    path = shutil.copytree(zoo("mixtral")[1], tmp_path / "ours.flash")
+    main(["calibrate", str(path), "--tokens", "64"])
+    assert (
+        "experts missed per token and layer, half held (64 tokens of the model's own text)" in capsys.readouterr().out
+    )

@@ -343,7 +343,7 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(tmp_path):
     with load(path, "native", "least", "oracle") as model:
         said = [r.token for r in stream_generate(model, tokenizer, "it was the", 8)]
         assert len(said) == 8
-        with pytest.raises(ValueError, match="token 96 of the prompt is beyond the model's vocabulary of 96"):
+        with pytest.raises(ValueError, match="token 96 of the prompt is outside the model's vocabulary of 96"):
             next(stream_generate(model, tokenizer, [1, 96], 8))
 
 

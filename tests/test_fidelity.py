@@ -13,17 +13,19 @@ from reference import read_records, stored_model, write_safetensors
 
 mx = pytest.importorskip("mlx.core")
 
-from mlxflash import thinning  # noqa: E402
+from mlxflash import model, thinning  # noqa: E402
+from mlxflash.backends import make_backend  # noqa: E402
 from mlxflash.bundle import Bundle, BundleError  # noqa: E402
 from mlxflash.calibrate import calibrate  # noqa: E402
 from mlxflash.cli import main  # noqa: E402
 from mlxflash.commands.inspect import describe  # noqa: E402
-from mlxflash.evaluate import Dense, evaluate  # noqa: E402
-from mlxflash.fidelity import LEVELS, level_of, read_cuts  # noqa: E402
+from mlxflash.evaluate import Dense, decode_logprobs, evaluate  # noqa: E402
+from mlxflash.fidelity import LEVELS, levels_of, read_cuts  # noqa: E402
+from mlxflash.forecast import Forecast  # noqa: E402
 from mlxflash.misses import computed, simulated  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
 from mlxflash.order import reorder  # noqa: E402
-from mlxflash.thinning import Point, Thin  # noqa: E402
+from mlxflash.thinning import HELD, Point, Thin  # noqa: E402
 
 SHAPE = Shape(ffn=2048)
 TOKENS = np.random.default_rng(0).integers(3, SHAPE.vocab, 256)  # as Library.calibrated has them
@@ -33,6 +35,11 @@ SMALL = "5.5MB"
 @pytest.fixture(scope="module")
 def bundle(library):
     return Bundle.open(library.calibrated(SHAPE))
+
+
+def alone(bundle, name):
+    """A level as measured with nothing held."""
+    return levels_of(bundle, "low-bit", name)[-1]
 
 
 @pytest.fixture
@@ -52,7 +59,7 @@ def reports(bundle):
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_a_level_costs_through_the_decode_path_what_is_recorded(bundle, reports, name):
-    level, report = level_of(bundle, "low-bit", name), reports[0][name]
+    level, report = alone(bundle, name), reports[0][name]
     assert report.fidelity == name
     assert report.kl == pytest.approx(level.kl, rel=0.02, abs=1e-6)
     assert report.ppl_change == pytest.approx(level.ppl_change, rel=0.02, abs=1e-5)
@@ -60,12 +67,11 @@ def test_a_level_costs_through_the_decode_path_what_is_recorded(bundle, reports,
 
 
 def test_levels_meet_their_price_and_read_less_and_less(bundle, reports):
-    alone, held = reports
-    levels = [level_of(bundle, "low-bit", name) for name in LEVELS]
-    for level, change in zip(levels, LEVELS.values(), strict=True):
-        assert level.met
-        assert 0 < level.kl <= np.log1p(change)
-        assert held[level.name].kl < alone[level.name].kl
+    for name, change in LEVELS.items():
+        for level in levels_of(bundle, "low-bit", name):
+            assert level.met
+            assert 0 < level.kl <= np.log1p(change)
+    levels = [alone(bundle, name) for name in LEVELS]
     assert levels[0].multiplier < levels[1].multiplier < levels[2].multiplier
     for side in reports:
         read = [side[name].bytes_per_token for name in LEVELS]
@@ -100,9 +106,8 @@ def test_the_bound_decides_what_is_met():
 
 def test_a_price_that_cannot_be_met_says_what_was_reached(ours, monkeypatch, capfd):
     monkeypatch.setattr(thinning, "LEVELS", dict.fromkeys(LEVELS, 1e-12))
-    bundle = calibrate(Bundle.open(ours), TOKENS)
-    level = level_of(bundle, "low-bit", "high")
-    assert not level.met
+    bundle = calibrate(Bundle.open(ours), TOKENS[:48])
+    assert not alone(bundle, "high").met
     assert "as near as the predictor comes" in describe(bundle)
     with load_bundle(ours, memory=SMALL) as model:
         assert model.flash.mode.startswith("approximate (high not reached: perplexity +")
@@ -112,7 +117,7 @@ def test_a_level_that_nobody_measured_is_refused(library, bundle, ours):
     with pytest.raises(BundleError, match="'fast' of its low-bit predictor was not measured; `mlxflash calibrate`"):
         load_bundle(library.bundle(SHAPE), memory=SMALL, fidelity="fast")
     calibrate(Bundle.open(ours), TOKENS, levels=False)  # other errors: the old levels would be wrong
-    assert level_of(Bundle.open(ours), "low-bit", "high") is None
+    assert not levels_of(Bundle.open(ours), "low-bit", "high")
     with load_bundle(ours, memory=SMALL) as model:
         assert model.flash.mode.startswith("approximate (recall")
 
@@ -153,7 +158,7 @@ def test_damaged_thresholds_are_refused(ours, damage):
 @pytest.mark.parametrize(("key", "value"), [("kl", None), ("multiplier", float("nan")), ("met", 1), ("misses", [])])
 def test_damaged_levels_are_refused(ours, key, value):
     manifest = json.loads((ours / "manifest.json").read_text())
-    manifest["calibration"]["fidelity"]["low-bit"]["levels"]["fast"][key] = value
+    manifest["calibration"]["fidelity"]["low-bit"]["levels"]["fast"][1][key] = value
     (ours / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=r"manifest\.json"):
         Bundle.open(ours)
@@ -203,17 +208,93 @@ def test_a_simulated_window_computes_what_is_wanted_and_what_it_holds():
     np.testing.assert_array_equal(found[1], wanted[0] | wanted[1])
 
 
-def test_levels_that_count_on_memory_are_had_with_it(ours):
-    """A window's worth of memory makes a level cheaper, the decode path agrees, and less memory is owned up to."""
-    alone = level_of(Bundle.open(ours), "low-bit", "fast")
-    bundle = calibrate(Bundle.open(ours), TOKENS, memory=SMALL)
-    level = level_of(bundle, "low-bit", "fast")
-    assert level.held > 0.05
-    assert level.multiplier > alone.multiplier
-    with Dense(bundle, TOKENS[128:], context=127, memory=SMALL) as dense:
-        found = evaluate(dense, fidelity="fast").kl
-    assert 0.4 * level.kl < found < 1.05 * level.kl  # memory is split by the level's own miss curves, which is better
-    with load_bundle(ours, memory=SMALL, fidelity="fast") as model:
-        assert "held" not in model.flash.mode
-    with load_bundle(ours, memory="5.2MB", fidelity="fast") as model:
-        assert f"measured with {level.held:.0%} held" in model.flash.mode
+def test_more_held_reads_less_at_the_same_price(bundle):
+    text = describe(bundle)
+    for name in LEVELS:
+        held = [level.held for level in levels_of(bundle, "low-bit", name)]
+        assert held == pytest.approx(sorted(HELD, reverse=True), abs=0.001)
+        assert f"{name} with 30% of the units held: perplexity +" in text
+        assert f"{name}: perplexity +" in text
+    most, some, none = (level.multiplier for level in levels_of(bundle, "low-bit", "fast"))
+    assert most > some > none
+    prices = {}
+    for point in bundle.manifest.calibration["fidelity"]["low-bit"]["points"]:
+        prices.setdefault(point["multiplier"], []).append(point["kl"])
+    shared = [kl for kl in prices.values() if len(kl) == len(HELD)]
+    assert len(shared) >= 4
+    for none, some, most in shared:
+        assert most <= 1.01 * some <= 1.02 * none
+    assert shared[-1][2] < 0.8 * shared[-1][0]
+
+
+def held_share(model):
+    return sum(model.flash.plan.capacities) / sum(model.flash.plan.units)
+
+
+def test_a_run_takes_the_level_with_the_most_held_that_it_has(bundle):
+    """And pays, on the text that was reported on, what the level promises."""
+    seen = set()
+    for memory in ("5.2MB", "5.5MB", "5.8MB", "6MB"):
+        with load_bundle(bundle.path, memory=memory, fidelity="fast") as model:
+            level, held = model.flash.level, held_share(model)
+            assert level.held == max(one.held for one in levels_of(bundle, "low-bit", "fast") if one.held <= held)
+            assert (f"measured with {level.held:.0%} of the units held" in model.flash.mode) == (level.held > 0)
+            assert model.flash.mode in model.flash.describe()
+        seen.add(level.held)
+        with Dense(bundle, TOKENS[128:], context=127, memory=memory) as dense:
+            assert 0.2 * level.kl < evaluate(dense, fidelity="fast").kl < 1.1 * level.kl
+    assert len(seen) == len(HELD)
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_predicted_rows_alone_cost_what_was_measured_with_nothing_held(bundle, look_ahead):
+    """Through the decode path with units held, of which all but the predicted ones are left out; tokens that go through
+    in turns included. With units asked for a layer early, the outputs are the same."""
+    if not make_backend("cpu").leaves_out_free:
+        pytest.skip("the native module is not built")
+    level, settings = alone(bundle, "fast"), {"fidelity": "fast", "predictor": "low-bit", "all_rows": False}
+    for memory in ("5.25MB", SMALL, "6MB"):
+        with load_bundle(bundle.path, memory=memory, device="cpu", look_ahead=look_ahead, **settings) as model:
+            assert model.flash.level == level
+            assert "predicted rows of those held are computed" in model.flash.describe()
+            with Dense(bundle, TOKENS[128:], context=127, memory=memory, device="cpu") as dense:
+                said = dense.compare(decode_logprobs(model, TOKENS[128:255]))
+            assert float(np.mean(said.kl)) == pytest.approx(level.kl, rel=0.02)
+            assert model.flash.stats(model.flash.snapshot(), 1).held_share > 0
+
+
+def test_the_forecast_decides_whether_rows_are_left_out(bundle, monkeypatch):
+    if not make_backend("cpu").leaves_out_free:
+        pytest.skip("the native module is not built")
+    for seconds in ((2.0, 1.0), (1.0, 2.0), (1.0, 1.0)):
+
+        def forecast(*args, seconds=seconds):
+            return Forecast(seconds[args[-1]], seconds[args[-1]], 1.0)
+
+        monkeypatch.setattr(model, "forecast_of", forecast)
+        with load_bundle(bundle.path, memory="6MB", device="cpu") as loaded:
+            predicted = seconds == (2.0, 1.0)
+            assert [layer.predicted for layer in loaded.flash.layers] == [predicted] * SHAPE.layers
+            assert (loaded.flash.level.held == 0) == predicted
+        with load_bundle(bundle.path, memory="6MB", device="cpu", fidelity="exact") as loaded:
+            assert not any(layer.predicted for layer in loaded.flash.layers)
+
+
+def test_a_window_that_gives_up_units_counts_on_none(bundle):
+    with load_bundle(bundle.path, memory=SMALL, window=5) as model:
+        assert model.flash.level.held == 0 < held_share(model)
+
+
+def test_a_bundle_with_one_measurement_opens(bundle, ours):
+    """As calibrated before levels were measured with several shares held; with more held than there is, it is none."""
+    manifest = json.loads((ours / "manifest.json").read_text())
+    levels = manifest["calibration"]["fidelity"]["low-bit"]["levels"]
+    for held, words in ((0.0, "approximate (high: perplexity"), (0.9, "approximate (recall")):
+        manifest["calibration"]["fidelity"]["low-bit"]["levels"] = {
+            name: one[0] | {"held": held} for name, one in levels.items()
+        }
+        (ours / "manifest.json").write_text(json.dumps(manifest))
+        with load_bundle(ours, memory=SMALL) as model:
+            assert model.flash.mode.startswith(words)
+    with pytest.raises(BundleError, match="'fast' was measured with more held than here; calibrate again"):
+        load_bundle(ours, memory=SMALL, fidelity="fast")

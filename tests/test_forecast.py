@@ -22,6 +22,7 @@ from mlxflash.forecast import (
     forecast,
     machine_profile,
 )
+from mlxflash.kept import Watch
 from mlxflash.model import load_bundle
 from mlxflash.plan import BudgetError, make_plan
 from mlxflash.ways import Way, faster
@@ -72,7 +73,8 @@ def test_looking_ahead_costs_a_second_prediction():
 
 def test_of_two_ways_the_shorter_forecast_is_taken_and_said():
     ways = [
-        Way(name, None, False, PLAN, None, Forecast(s, s, 1.0)) for name, s in (("low-bit", 0.3), ("low-rank", 0.2))
+        Way(name, None, False, False, PLAN, None, Forecast(s, s, 1.0))
+        for name, s in (("low-bit", 0.3), ("low-rank", 0.2))
     ]
     for one, other in (ways, ways[::-1]):
         chosen, said = faster(one, other)
@@ -80,6 +82,64 @@ def test_of_two_ways_the_shorter_forecast_is_taken_and_said():
         assert said == "  predictor: low-rank 200.0 ms per token, low-bit 300.0 ms"
     unknown = replace(ways[1], expected=None)
     assert faster(ways[0], unknown) == (ways[0], "")
+
+
+def test_of_rows_that_are_held_those_predicted_take_their_bytes():
+    """All that a token wants, held or new; no more than all that is held."""
+    few, nothing = (seconds(wanted=(n,) * 32) for n in (400.0, 300.0))
+    assert few - nothing == pytest.approx(32 * 100 * 16384 / 40e9)
+    assert seconds() - nothing == pytest.approx(sum(PLAN.capacities) * 16384 / 40e9)
+    assert seconds(wanted=(1e6,) * 32) == seconds()
+
+
+def test_what_passes_through_staging_is_copied():
+    disk = made()
+    machine = replace(MACHINE, rates=MACHINE.rates | {"copy": 5e9})
+    without = forecast(PLAN, WORK, machine, disk).seconds
+    staged = forecast(PLAN, replace(WORK, staged=True), machine, disk).seconds
+    assert staged - without == pytest.approx(32 * 300 * WORK.stride / 5e9)
+
+
+def test_of_experts_those_chosen_are_computed():
+    """Rows that are held and not chosen cost nothing; a chosen one costs the same wherever it comes from."""
+    few = replace(WORK, misses=(2.0,) * 32, wanted=(8.0,) * 32)
+    own = seconds(misses=(0.0,) * 32) - sum(PLAN.capacities) * 16384 / 40e9
+    assert forecast(PLAN, few, MACHINE, None).seconds == pytest.approx(own + 32 * 8 * 16384 / 40e9)
+
+
+STREAM = replace(WORK, streams=True, misses=(0.0,) * 32)
+ABSENT = sum(PLAN.units) - sum(PLAN.capacities)
+
+
+def test_a_stream_takes_what_is_longer_reading_or_computing():
+    """Whole blocks at two under way; beside the disk, all that the processor does is hidden."""
+    slow, fast = made(overhead=0, rate=1e8, latency=1e-9), made(overhead=0, rate=1e14, latency=1e-12)
+    assert forecast(PLAN, STREAM, MACHINE, slow).seconds == pytest.approx(ABSENT * WORK.stride / 1e8, rel=0.01)
+    said = forecast(PLAN, STREAM, MACHINE, fast)
+    own = seconds(misses=(0.0,) * 32)
+    assert said.seconds == pytest.approx(own + ABSENT * WORK.slot / 40e9, rel=1e-6)
+    assert said.compute == pytest.approx(said.seconds, rel=1e-6)
+    assert said.reads == ABSENT
+
+
+def test_two_buffers_hide_no_more_than_they_hold():
+    """Where a layer's own work takes longer than both buffers take to fill, the disk waits for it."""
+    disk = made(overhead=0, rate=1e9, latency=1e-9)
+    machine = replace(MACHINE, step=1e-2)  # own work alone: 36 steps a layer
+    said = forecast(PLAN, STREAM, machine, disk).seconds
+    own = (TOKEN_STEPS + 32 * (LAYER_STEPS + STREAM_STEPS)) * 1e-2
+    blocks = -(-(PLAN.units[0] - PLAN.capacities[0]) // PLAN.block_units)
+    assert blocks > 2
+    assert own < said < own + ABSENT * (WORK.stride / 1e9 + WORK.slot / 40e9) + 1
+    assert said > own + 31 * (blocks - 2) * PLAN.block_units * WORK.stride / 1e9 * 0.9
+
+
+def test_a_streams_copies_are_not_hidden_from_the_processor():
+    machine = replace(MACHINE, rates=MACHINE.rates | {"copy": 5e9})
+    fast = made(overhead=0, rate=1e14, latency=1e-12)
+    more = forecast(PLAN, replace(STREAM, staged=True), machine, fast).seconds
+    less = forecast(PLAN, STREAM, machine, fast).seconds
+    assert more - less == pytest.approx(ABSENT * WORK.stride / 5e9, rel=1e-3)
 
 
 def test_fewer_misses_take_less():
@@ -91,6 +151,7 @@ def test_fewer_misses_take_less():
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXFLASH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Watch, "quiet", True)
     monkeypatch.setattr(forecasts, "MATRIX_BYTES", 1 << 20)
     return tmp_path / "cache" / "machines"
 
@@ -99,9 +160,9 @@ def test_a_kind_is_measured_once(kept, monkeypatch):
     with mx.stream(mx.cpu):
         backend = make_backend("cpu")
         first = machine_profile(backend, {"float32", "3"})
-        more = machine_profile(backend, {"float16"})
+        more = machine_profile(backend, {"float16", "copy"})
         monkeypatch.setattr(forecasts, "_median", None)  # measuring again would fail
-        assert machine_profile(backend, {"float32", "3", "float16"}) == more
+        assert machine_profile(backend, {"float32", "3", "float16", "copy"}) == more
     assert first.rates.items() <= more.rates.items()
     assert first.step == more.step > 0
 

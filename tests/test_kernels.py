@@ -291,6 +291,83 @@ def test_ffn_reads_down_only_where_needed(isa):
     np.testing.assert_array_equal(out, np.full((2, d), n / 4 * d))
 
 
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def blocks_of(n, d, neurons, gated, bits, group, scale_dtype, down_bits):
+    """Records of quantised matrices, 255 wherever nothing lies, and what they mean: by name, [n, rows, columns]."""
+    meant, kwargs, parts, at = {}, {"scale_dtype": scale_dtype}, [], 0
+    for name in ("gate", "up", "down") if gated else ("up", "down"):
+        rows, cols = (d, neurons) if name == "down" else (neurons, d)
+        own = (down_bits, neurons) if name == "down" else (bits, group)
+        stored, values = quantised(rows * n + len(parts), cols, own[1], own[0], scale_dtype)
+        meant[name] = values[-rows * n :].reshape(n, rows, cols)
+        offsets = []
+        for part in stored:
+            parts.append(part[-rows * n :].reshape(n, -1))
+            offsets.append(at)
+            at += parts[-1].shape[1]
+        kwargs[name] = (*own, *offsets)
+    pool = np.full((n + 1, at + 3), 255, np.uint8)
+    pool[:n, :at] = np.concatenate(parts, 1)
+    return pool, meant, kwargs
+
+
+def check_blocks(rng, m, act, pool, meant, kwargs, with_biases=False, live=None):
+    n, neurons, d = meant["up"].shape
+    names = [name for name in ("gate", "up") if name in meant]
+    biases = {name: rng.standard_normal((n, neurons)).astype(np.float32) * with_biases for name in names}
+    x = rng.standard_normal((m, d)).astype(np.float32)
+    before = {name: np.einsum("md,nrd->mnr", x.astype(np.float64), meant[name]) + biases[name] for name in names}
+    h = apply(act, before[names[0]])
+    if "gate" in names:
+        h = h * (np.maximum(before["up"], 0) if act == "drelu" else before["up"])
+    if live is not None:
+        h[:, ~live] = 0
+        kwargs = kwargs | {"slots_mask": live.astype(np.uint8)}
+    if with_biases:
+        kwargs = kwargs | {f"{name}_bias": bias for name, bias in biases.items()}
+    start = rng.standard_normal((m, d)).astype(np.float32)
+    out = start.copy()
+    core.blocks(out, x, pool, n, m, d, neurons, pool.shape[1], act=act, threshold=THRESHOLD, **kwargs)
+    want = start + np.einsum("mnr,ndr->md", h, meant["down"])
+    bound = np.einsum("mnr,ndr->md", np.abs(h), np.abs(meant["down"])) + n * 0.1 + np.abs(start)
+    np.testing.assert_array_less(np.abs(out - want), 1e-5 * bound)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("neurons", [32, 64, 128])
+def test_blocks(isa, rng, neurons, bits):
+    for n, d, group, scales, m in ((1, 128, 32, "f16", 1), (5, 256, 64, "bf16", 4), (19, 128, 128, "f32", 9)):
+        for gated in (False, True):
+            made = blocks_of(n, d, neurons, gated, 4, group, scales, bits)
+            check_blocks(rng, m, "silu", *made, with_biases=n > 1)
+
+
+def test_blocks_acts(isa, rng):
+    for gated in (False, True):
+        made = blocks_of(3, 96, 32, gated, 8, 32, "f16", 6)
+        for act in GATED_ACTS if gated else ACTS:
+            check_blocks(rng, 3, act, *made, with_biases=True)
+
+
+def test_blocks_leave_out_masked_records(isa, rng):
+    pool, meant, kwargs = blocks_of(40, 64, 64, True, 4, 64, "f16", 4)
+    live = rng.random(40) < 0.3
+    pool[:40][~live] = 255
+    check_blocks(rng, 2, "silu", pool, meant, kwargs, live=live)
+
+
+def test_blocks_read_nothing_beyond_the_pool(isa, rng, guarded):
+    pool, meant, kwargs = blocks_of(2, 32, 32, True, 3, 32, "f16", 5)
+    n, _, d = meant["up"].shape
+    want, got = (np.zeros((1, d), np.float32) for _ in range(2))
+    x = rng.standard_normal((1, d)).astype(np.float32)
+    for out, memory in ((want, pool), (got, guarded(np.ascontiguousarray(pool[:n])))):
+        core.blocks(out, x, memory, n, 1, d, 32, pool.shape[1], act="silu", **kwargs)
+    np.testing.assert_array_equal(got, want)
+
+
 # --- threads --------------------------------------------------------------------------------------
 
 
@@ -446,6 +523,37 @@ def test_matmul_refuses(changes, message):
 def test_ffn_refuses(changes, message):
     with pytest.raises((ValueError, BufferError), match=message):
         core.ffn(**FFN | changes)
+
+
+BLOCK = (4, 32, 0, 512, 576)  # of neurons 32 and d 32; weights take 512 bytes, scales and biases 64 each
+BLOCKS = dict(out=X[:, :32].copy(), x=X[:, :32].copy(), pool=np.zeros(4096, np.uint8), n=2, m=2, d=32, neurons=32)
+BLOCKS |= dict(record_stride=2048, scale_dtype="f16", up=BLOCK, down=(4, 32, 640, 1152, 1216))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": X[:1, :32].copy()}, "out is too small"),
+        ({"x": X[:1, :32].copy()}, "x is too small"),
+        ({"pool": np.zeros(4095, np.uint8)}, "pool is too small"),
+        ({"n": -1}, "must not be negative"),
+        ({"up": None}, "up must be a tuple"),
+        ({"down": (4, 32, 1473, 1152, 1216)}, "down reaches beyond records of 2048 bytes"),
+        ({"up": (4, 32, 0, 1985, 576)}, "up reaches beyond"),
+        ({"gate": (4, 32, -1, 0, 0)}, "must not be negative"),
+        ({"gate": (4, 32, 2**62, 0, 0)}, "gate reaches beyond"),
+        ({"gate": (7, 32, 0, 0, 0)}, "bits must be"),
+        ({"up": (4, 64, 0, 512, 576)}, "not a multiple of the group of 64"),
+        ({"neurons": 64, "pool": np.zeros(8192, np.uint8)}, "down's group is not the block of 64 neurons"),
+        ({"scale_dtype": "f8"}, "scale_dtype must be"),
+        ({"up_bias": X[0, :63].copy()}, "up_bias is too small"),
+        ({"slots_mask": np.zeros(1, np.uint8)}, "slots_mask is too small"),
+        ({"act": "drelu"}, "drelu needs a gate"),
+    ],
+)
+def test_blocks_refuses(changes, message):
+    with pytest.raises((ValueError, BufferError), match=message):
+        core.blocks(**BLOCKS | changes)
 
 
 def test_refuses_what_cannot_be_written_or_held():

@@ -4,21 +4,17 @@ The footprint is what a process is charged that imported what generating imports
 cgroup can be made peak resident memory is compared instead, with that of a tiny model.
 """
 
-import contextlib
-import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
-from pathlib import Path
 
+import limited
 import pytest
 
 from build import Shape
 from mlxflash.bundle import Bundle
-from mlxflash.hub import STORY
+from mlxflash.catalog import STORY
 
 MB = 1_000_000
 DEEP = Shape(layers=16, d_model=512, ffn=2048, heads=8, vocab=400, dtype="float16")  # 105 MB
@@ -32,67 +28,13 @@ from mlxflash.api import load_tokenizer
 load_tokenizer(Path(sys.argv[1])).encode("It was")
 """
 
-number = itertools.count()
-
-
-class V1:
-    """A memory cgroup of the first kind beneath this process's own."""
-
-    limit, peak = "memory.limit_in_bytes", "memory.max_usage_in_bytes"
-
-    @staticmethod
-    def parent():
-        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
-        return Path("/sys/fs/cgroup/memory") / own.split(":")[2].lstrip("/")
-
-
-class V2:
-    """One of the second kind."""
-
-    limit, peak = "memory.max", "memory.peak"
-
-    @staticmethod
-    def parent():
-        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        path = Path("/sys/fs/cgroup") / own[3:].lstrip("/")
-        if "memory" not in (path / "cgroup.subtree_control").read_text().split():
-            (path / "cgroup.subtree_control").write_text("+memory")
-        return path
-
-
-@contextlib.contextmanager
-def cgroup(limit=None):
-    """A new cgroup, its kind and its folder; skips the test where none can be made."""
-    for kind in (V1, V2):
-        try:
-            folder = kind.parent() / f"mlxflash-{os.getpid()}-{next(number)}"
-            folder.mkdir()
-        except (OSError, StopIteration):
-            continue
-        try:
-            if limit is not None:
-                (folder / kind.limit).write_text(str(limit))
-            assert (folder / kind.peak).exists()
-            yield kind, folder
-        finally:
-            for last in [*[False] * 200, True]:  # the kernel's own threads (io_uring) leave a moment after the process
-                try:
-                    folder.rmdir()
-                    break
-                except OSError:
-                    if last:
-                        raise
-                    time.sleep(0.05)
-        return
-    pytest.skip("no memory cgroup can be made here")
-
 
 def run_in(args, limit=None):
-    """Run a process in a cgroup; returns it and the most it was charged, bytes."""
-    with cgroup(limit) as (kind, folder):
-        enter = lambda: (folder / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
-        run = subprocess.run(args, capture_output=True, text=True, timeout=120, preexec_fn=enter)
-        return run, int((folder / kind.peak).read_text())
+    """Run a process in a cgroup; returns it and the most it was charged, bytes. Skips the test where there is none."""
+    try:
+        return limited.run_in(args, limit, timeout=120)
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 def command(bundle, memory, *more):
@@ -138,3 +80,10 @@ def test_peak_memory_grows_by_no_more_than_the_budget(library, tmp_path, more):
     least = peak(tiny, 8 * MB, *more)
     for memory in (22 * MB, 26 * MB):
         assert 5 * MB < peak(STORY, memory, *more) - least < memory
+
+
+def test_what_is_available_is_no_more_than_the_cgroups_limit():
+    code = "from mlxflash.plan import available_memory; print(available_memory())"
+    limit = 300 << 20
+    run, _ = run_in([sys.executable, "-c", code], limit)
+    assert int(run.stdout) == limit

@@ -23,6 +23,7 @@ from mlxflash.plan import (
     BudgetError,
     Plan,
     Sizes,
+    cgroup_limits,
     format_bytes,
     make_plan,
     parse_memory,
@@ -97,8 +98,7 @@ def assert_sound(plan: Plan, sizes: Sizes, memory, context):
         assert plan.predictor == sizes.predictor
         assert plan.block_units >= 1
         assert plan.blocks >= 2 * plan.block_units * sizes.slot
-        assert plan.staging == 3 * plan.staging_bytes * sizes.staged
-        assert plan.staging_bytes >= sizes.stride + 8192
+        assert sizes.staged * 3 * (sizes.stride + 8192) <= plan.staging <= sizes.staged * 3 * (plan.blocks + (1 << 20))
     assert 16 <= plan.prefill_tokens <= 512
     assert plan.activations >= plan.prefill_tokens * (sizes.activation_token + context * sizes.score_token)
 
@@ -285,3 +285,29 @@ def test_sizes_as_people_read_them(count):
     text = format_bytes(count)
     assert parse_memory(text, 1) == pytest.approx(count, rel=0.05)
     assert len(text) <= 9
+
+
+TREES = {  # what the system says, files of limits, limits that hold
+    "second kind, nested": ("0::/a/b\n", {"memory.max": 9, "a/memory.max": 5, "a/b/memory.max": "max"}, {9, 5}),
+    "a sibling": ("0::/a\n", {"a/memory.max": 5, "b/memory.max": 3}, {5}),
+    "first kind, nested": (
+        "9:name=systemd:/x\n4:cpu,memory:/a/b\n0::/\n",
+        {f"memory/{folder}memory.limit_in_bytes": n for folder, n in (("", 9), ("a/", 7), ("a/b/", 8), ("c/", 1))},
+        {9, 7, 8},
+    ),
+    "both": ("4:memory:/\n0::/u\n", {"memory/memory.limit_in_bytes": 6, "unified/u/memory.max": 4}, {6, 4}),
+    "another mount": ("0::/docker/1\n", {"memory.max": 5}, {5}),
+    "none": ("0::/\n", {"memory.max": "max"}, set()),
+}
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_limits_of_nested_cgroups_hold_all_the_way_up(tmp_path, case):
+    own, files, limits = TREES[case]
+    (tmp_path / "own").write_text(own)
+    for name, limit in files.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{limit}\n")
+    assert set(cgroup_limits(tmp_path / "cgroup", tmp_path / "own")) == limits
+    assert cgroup_limits(tmp_path / "cgroup", tmp_path / "nowhere") == []

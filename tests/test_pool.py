@@ -5,11 +5,15 @@ packed and aligned; with staging for one record or for all; one batch or several
 in any order. Rows nobody asked for keep what they held. `move` and `take` copy rows whole.
 """
 
+from itertools import pairwise, permutations
+
 import numpy as np
 import pytest
 
+from build import BACKENDS
+from mlxflash.backends import FFN
 from mlxflash.bundle import HEADER_BYTES, Part, Record, make_record
-from mlxflash.pool import PartRows, RecordRows, Staging, copy_rows, host_memory
+from mlxflash.pool import STAGING_PIECES, PartRows, RecordRows, Source, Staging, copy_rows, host_memory
 from mlxflash.reader import File, make_reader
 
 UNITS, SLOTS = 150, 60
@@ -80,7 +84,7 @@ def test_units_land_in_their_slots(units, record, kind, direct, staging):
     if direct and not file.direct:
         pytest.skip("this filesystem refuses direct reads")
     size = {"one record": 1, "a few": 4, "all": UNITS}[staging] * least_staging(record)
-    shared = Staging(size)
+    shared = Staging(size, record)
     pools = [Slots(kind, record, shared) for _ in range(3)]
     rng = np.random.default_rng(1)
     for _ in range(6):
@@ -93,16 +97,127 @@ def test_units_land_in_their_slots(units, record, kind, direct, staging):
             under_way[i].wait()
         for slots in pools:
             slots.assert_held()
-    assert shared.user is None
+    assert not shared.landings
     reader.close()
     file.close()
+
+
+class Slow:
+    """A reader whose batches are done by whoever waits for them: `under_way` are those that nobody waited for yet."""
+
+    def __init__(self, fails=()):
+        self.under_way, self._reader, self._fails = [], make_reader("python"), fails
+
+    def submit(self, file, spans, dest):
+        ticket = SlowTicket(self, file, spans, np.frombuffer(dest, np.uint8))
+        if file.path in self._fails:
+            raise OSError(5, "refused", file.path)
+        self.under_way.append(ticket)
+        return ticket
+
+
+class SlowTicket:
+    def __init__(self, reader, *batch):
+        self._reader, self.batch = reader, batch
+
+    @property
+    def memory(self):
+        """Addresses that are written."""
+        first, dest = self.batch[2].ctypes.data, self.batch[2].nbytes
+        return first, first + dest
+
+    def wait(self):
+        if self in self._reader.under_way:
+            self._reader.under_way.remove(self)
+            file, spans, dest = self.batch
+            self._reader._reader.submit(file, spans, dest.data).wait()
+
+
+@pytest.mark.parametrize("kind", ["records", "parts"])
+def test_landings_share_staging(units, record, kind):
+    """Who comes later is read while nobody has waited for who came first, as far as there are pieces; batches under
+    way never write the same memory, nor more than the buffer has."""
+    path, data = units
+    file, reader = File(path, direct=True), Slow()
+    if kind == "records" and record.aligned:
+        pytest.skip("lands in place")
+    shared = Staging(STAGING_PIECES * least_staging(record), record)
+    pools = [Slots(kind, record, shared) for _ in range(4)]
+    rng = np.random.default_rng(4)
+    for count in (1, 1, 2, 5, 40):
+        under_way = []
+        for slots in pools:
+            picked = np.sort(rng.choice(UNITS, count, replace=False))
+            into = rng.permutation(SLOTS)[:count]
+            under_way.append(slots.rows.land(reader, file, picked, into))
+            slots.want[into] = data[picked]
+            places = sorted(ticket.memory for ticket in reader.under_way)
+            assert all(end <= begin for (_, end), (begin, _) in pairwise(places))
+            assert sum(end - begin for begin, end in places) <= shared.num_bytes
+        asked = sum(len(ticket.batch[1]) for ticket in reader.under_way)
+        assert len(reader.under_way) == STAGING_PIECES if count == 40 else asked >= len(pools)
+        for i in rng.permutation(len(pools)):
+            under_way[i].wait()
+        for slots in pools:
+            slots.assert_held()
+        assert not reader.under_way
+        assert not shared.landings
+
+
+@pytest.mark.parametrize("when", ["asked", "waited for"])
+def test_a_landing_that_fails_leaves_staging_to_others(tmp_path, when):
+    record = RECORDS["across blocks"]
+    raw = np.random.default_rng(0).integers(0, 256, (UNITS, record.stride), dtype=np.uint8)
+    pad = bytes(-(HEADER_BYTES + raw.nbytes) % 4096)
+    (tmp_path / "whole").write_bytes(bytes(HEADER_BYTES) + raw.tobytes() + pad)
+    (tmp_path / "short").write_bytes(bytes(HEADER_BYTES))
+    whole, short = File(tmp_path / "whole", direct=True), File(tmp_path / "short", direct=True)
+    reader = Slow({short.path} if when == "asked" else ())
+    shared = Staging(3 * least_staging(record), record)
+    good, bad, other = (Slots("parts", record, shared) for _ in range(3))
+    for order in permutations(range(3)):
+        under_way = []
+        for slots, file in ((good, whole), (bad, short), (other, whole)):
+            under_way.append(slots.rows.land(reader, file, np.arange(20), np.arange(20)))
+            if file is whole:
+                slots.want[:20] = raw[:20, : record.num_bytes]
+        for i in order:
+            if i == 1:
+                with pytest.raises(OSError, match="refused" if when == "asked" else "ends"):
+                    under_way[i].wait()
+            else:
+                under_way[i].wait()
+        good.assert_held()
+        other.assert_held()
+        assert not reader.under_way
+    for file in (whole, short):
+        file.close()
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "discrete"])
+@pytest.mark.parametrize("name", ["packed", "aligned"])
+def test_a_backend_says_whether_it_needs_staging(tmp_path, backend, name):
+    """So that the budget has it: without any, land raises where it does."""
+    record = RECORDS[name]
+    (tmp_path / "layer").write_bytes(bytes(HEADER_BYTES + 8 * 4096))
+    width = record.parts[0].shape[0]
+    ffn = FFN("plain", "relu", record, width)
+    made, reader, source = BACKENDS[backend](), make_reader(), Source(File(tmp_path / "layer", direct=True), {})
+    rows = made.rows(ffn, 4, Staging(0, record))
+    if made.is_staged(ffn):
+        with pytest.raises(ValueError, match="staging"):
+            rows.land(reader, source, np.arange(2), np.arange(2))
+    else:
+        rows.land(reader, source, np.arange(2), np.arange(2)).wait()
+    reader.close()
+    source.file.close()
 
 
 @pytest.mark.parametrize("kind", ["records", "parts"])
 def test_rows_move_and_are_taken_whole(units, record, kind):
     path, data = units
     file, reader = File(path), make_reader()
-    one, other = (Slots(kind, record, Staging(least_staging(record))) for _ in range(2))
+    one, other = (Slots(kind, record, Staging(least_staging(record), record)) for _ in range(2))
     for slots, first in ((one, 0), (other, 70)):
         slots.rows.land(reader, file, first + np.arange(SLOTS), np.arange(SLOTS)).wait()
         slots.want[:] = data[first : first + SLOTS]
@@ -125,7 +240,7 @@ def test_neighbours_on_disk_are_one_read_wherever_they_land(tmp_path):
     raw = np.random.default_rng(0).integers(0, 256, (40, record.stride), dtype=np.uint8)
     (tmp_path / "layer").write_bytes(bytes(HEADER_BYTES) + raw.tobytes())
     file, reader = File(tmp_path / "layer", direct=True), make_reader()
-    slots = Slots("records", record, Staging(1 << 20))
+    slots = Slots("records", record, Staging(1 << 20, record))
     picked, into = np.array([3, 4, 6, 10, 11, 30]), np.array([9, 2, 5, 0, 1, 7])
     slots.rows.land(reader, file, picked, into).wait()
     slots.want[into] = raw[picked, : record.num_bytes]
@@ -139,7 +254,7 @@ def test_neighbours_on_disk_are_one_read_wherever_they_land(tmp_path):
 
 def test_a_record_larger_than_staging(units, record):
     file, reader = File(units[0]), make_reader()
-    slots = Slots("parts", record, Staging(record.num_bytes - 1))
+    slots = Slots("parts", record, Staging(record.num_bytes - 1, record))
     with pytest.raises(ValueError, match="staging"):
         slots.rows.land(reader, file, np.arange(3), np.arange(3))
     reader.close()

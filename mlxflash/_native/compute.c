@@ -29,6 +29,10 @@ size_t row_size(const struct format *format) {
     return format->kind == AFFINE ? format->cols * (size_t)format->bits / 8 : format->cols * kind_size(format->kind);
 }
 
+size_t scales_size(const struct format *format) {
+    return format->kind == AFFINE ? format->cols / format->group * kind_size(format->scale_kind) : 0;
+}
+
 /* --- instruction set ----------------------------------------------------------------------------------- */
 
 static const struct simd *const sets[] = { /* best first */
@@ -104,7 +108,7 @@ static bool prepare(const struct format *format, const float *x, size_t m, struc
     return true;
 }
 
-static struct buffer arranged, accumulators;
+static struct buffer arranged, arranged_too, accumulators;
 
 static size_t rows_ahead(const struct format *format) { return divide_up(BYTES_AHEAD, row_size(format) + 1); }
 
@@ -189,9 +193,12 @@ static float activate(enum act act, float threshold, float v) {
     return v;
 }
 
+static struct row part_at(const uint8_t *record, struct part part) {
+    return (struct row){record + part.weights, record + part.scales, record + part.biases};
+}
+
 static struct row row_at(const struct ffn *call, struct part part, size_t record) {
-    const uint8_t *p = call->pool + record * call->record_stride;
-    return (struct row){p + part.weights, p + part.scales, p + part.biases};
+    return part_at(call->pool + record * call->record_stride, part);
 }
 
 static size_t live_record(const struct ffn_job *job, size_t i) { return job->live == NULL ? i : job->live[i]; }
@@ -313,6 +320,82 @@ bool compute_ffn(const struct ffn *call) {
     }
     threads_unlock();
     free(live);
+    return ready;
+}
+
+/* --- blocks -------------------------------------------------------------------------------------------- */
+
+/* As in the FFN, records are cut into parts by their number alone, each with its own sums. */
+struct blocks_job {
+    const struct blocks *call;
+    struct operand gate_x, up_x;
+    size_t parts;
+    float *sums; /* [parts][m][d] */
+};
+
+/* Rows [0, count) of a record's matrix times an operand: out[t * out_stride + r]. */
+static void matrix_dots(const struct operand *x, const struct matrix *matrix, const uint8_t *record, size_t count,
+                        float *out, size_t out_stride) {
+    const size_t row = row_size(&matrix->format), scales = scales_size(&matrix->format), ahead = rows_ahead(&matrix->format);
+    for (size_t first = 0; first < count; first += BATCH) {
+        const size_t batch = least(BATCH, count - first);
+        struct row rows[2][BATCH];
+        for (size_t i = 0; i < batch; i++)
+            for (int soon = 0; soon < 2; soon++) {
+                const size_t r = soon ? least(first + i + ahead, count - 1) : first + i;
+                rows[soon][i] = (struct row){record + matrix->first.weights + r * row,
+                                             record + matrix->first.scales + r * scales,
+                                             record + matrix->first.biases + r * scales};
+            }
+        simd->dots(x, rows[0], rows[1], batch, out + first, out_stride);
+    }
+}
+
+static void blocks_part(void *context, size_t part) {
+    struct blocks_job *job = context;
+    const struct blocks *call = job->call;
+    const size_t m = job->up_x.m, d = call->d, neurons = call->neurons;
+    float *sums = job->sums + part * m * d, h[TOKENS * MOST_NEURONS], up[TOKENS * MOST_NEURONS];
+    memset(sums, 0, m * d * sizeof *sums);
+    for (size_t i = call->n * part / job->parts; i < call->n * (part + 1) / job->parts; i++) {
+        if (call->mask != NULL && !call->mask[i]) continue;
+        const uint8_t *record = call->pool + i * call->record_stride;
+        const float *lead_bias = call->gated ? call->gate_bias : call->up_bias;
+        const struct operand *lead_x = call->gated ? &job->gate_x : &job->up_x;
+        matrix_dots(lead_x, call->gated ? &call->gate : &call->up, record, neurons, h, neurons);
+        if (call->gated) matrix_dots(&job->up_x, &call->up, record, neurons, up, neurons);
+        for (size_t t = 0; t < m; t++)
+            for (size_t r = 0; r < neurons; r++) {
+                float *v = &h[t * neurons + r];
+                *v = activate(call->act, call->threshold, *v + (lead_bias == NULL ? 0 : lead_bias[i * neurons + r]));
+                if (!call->gated) continue;
+                const float u = up[t * neurons + r] + (call->up_bias == NULL ? 0 : call->up_bias[i * neurons + r]);
+                *v *= call->act == DRELU ? activate(RELU, 0, u) : u;
+            }
+        simd->columns(&call->down.format, m, h, part_at(record, call->down.first), d, sums);
+    }
+}
+
+bool compute_blocks(const struct blocks *call) {
+    if (call->m == 0 || call->n == 0) return true;
+    choose_simd();
+    threads_lock();
+    const size_t parts = least(call->n, MAX_PARTS), d = call->d;
+    bool ready = true;
+    for (size_t t = 0; ready && t < call->m; t += TOKENS) {
+        const size_t m = least(TOKENS, call->m - t);
+        struct blocks_job job = {.call = call, .parts = parts};
+        ready = prepare(&call->up.format, call->x + t * d, m, &arranged, &job.up_x) &&
+                (!call->gated || prepare(&call->gate.format, call->x + t * d, m, &arranged_too, &job.gate_x)) &&
+                reserve(&accumulators, parts * m * d);
+        if (!ready) break;
+        job.sums = accumulators.data;
+        threads_run(blocks_part, &job, parts, call->n * call->record_stride * m);
+        float *out = call->out + t * d;
+        for (size_t part = 0; part < parts; part++)
+            for (size_t i = 0; i < m * d; i++) out[i] += job.sums[part * m * d + i];
+    }
+    threads_unlock();
     return ready;
 }
 

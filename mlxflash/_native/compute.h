@@ -53,12 +53,40 @@ struct ffn {
     float *out;
 };
 
+/* A quantised matrix inside a record, its rows one after the other. */
+struct matrix {
+    struct format format;
+    struct part first;
+};
+
+/* out[m, d] += act(x @ up^T + up_bias) @ down^T, over the first n records of a pool, each a block of neurons: gate and
+   up [neurons, d], down [d, neurons], each in a format of its own; a row of down is one group. */
+struct blocks {
+    const uint8_t *pool;
+    size_t record_stride, n, m, d, neurons;
+    bool gated;
+    struct matrix gate, up, down;
+    const float *gate_bias, *up_bias; /* [n, neurons], or NULL */
+    enum act act;
+    float threshold;
+    const uint8_t *mask; /* [n]: 0 leaves a record out; or NULL */
+    const float *x;
+    float *out;
+};
+enum {
+    MOST_NEURONS = 128, /* of a block */
+    SPARE_BYTES = 64,   /* of a record after down's weights, which may be read */
+};
+
 size_t kind_size(enum kind kind);
 size_t row_size(const struct format *format);
 
-/* Both return false when there is no memory for their working buffers. */
+size_t scales_size(const struct format *format);
+
+/* All return false when there is no memory for their working buffers. */
 bool compute_matmul(const struct matmul *call);
 bool compute_ffn(const struct ffn *call);
+bool compute_blocks(const struct blocks *call);
 
 void compute_copy(uint8_t *target, size_t target_stride, const int64_t *target_rows, const uint8_t *source,
                   size_t source_stride, const int64_t *source_rows, size_t count, size_t size);

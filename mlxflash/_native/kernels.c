@@ -118,10 +118,6 @@ static bool parse_format(const char *dtype, const char *scale_dtype, Py_ssize_t 
     return true;
 }
 
-static size_t scales_size(const struct format *format) {
-    return format->cols / format->group * kind_size(format->scale_kind);
-}
-
 static PyObject *finish(struct views *held, bool done, bool had_memory) {
     release(held);
     if (!done) return NULL;
@@ -263,6 +259,76 @@ static PyObject *ffn(PyObject *module, PyObject *args, PyObject *kwargs) {
     return finish(&held, done, had_memory);
 }
 
+/* --- blocks -------------------------------------------------------------------------------------------- */
+
+/* A quantised matrix [rows, cols] inside a record: (bits, group, weights, scales, biases), the last three byte offsets;
+   `room` bytes after its weights lie in the record too. */
+static bool parse_matrix(const char *name, PyObject *said, const char *scale_dtype, size_t rows, Py_ssize_t cols,
+                         size_t room, size_t stride, struct matrix *matrix) {
+    int bits;
+    Py_ssize_t group, weights, scales, biases;
+    if (!PyTuple_Check(said)) return fail("%s must be a tuple", name);
+    if (!PyArg_ParseTuple(said, "innnn", &bits, &group, &weights, &scales, &biases) ||
+        !parse_format("affine", scale_dtype, cols, group, bits, &matrix->format) ||
+        !are_sizes("a matrix's offsets", 1, weights, 1, scales, 1, biases, 0))
+        return false;
+    matrix->first = (struct part){(size_t)weights, (size_t)scales, (size_t)biases};
+    const size_t own = plus(times(rows, row_size(&matrix->format)), room), more = times(rows, scales_size(&matrix->format));
+    if (plus(matrix->first.weights, own) > stride || plus(matrix->first.scales, more) > stride ||
+        plus(matrix->first.biases, more) > stride)
+        return fail("%s reaches beyond records of %zu bytes", name, stride);
+    return true;
+}
+
+PyDoc_STRVAR(blocks_doc,
+"blocks(out, x, pool, n, m, d, neurons, record_stride, scale_dtype, *, gate=None, up, down, gate_bias=None,\n"
+"       up_bias=None, act='relu', threshold=0.0, slots_mask=None)\n\n"
+"Adds to out[m, d] the feed-forward of x[m, d] over the first n records of a pool, as ffn does. A record is a block\n"
+"of neurons (32, 64 or 128): affine matrices up and perhaps gate [neurons, d] and down [d, neurons], each given as\n"
+"(bits, group, byte offsets of weights, scales and biases). down's group is the block, d a multiple of 32. Biases are\n"
+"float32 [n, neurons].");
+
+static PyObject *blocks(PyObject *module, PyObject *args, PyObject *kwargs) {
+    (void)module;
+    static char *names[] = {"out", "x", "pool", "n", "m", "d", "neurons", "record_stride", "scale_dtype", "gate", "up",
+                            "down", "gate_bias", "up_bias", "act", "threshold", "slots_mask", NULL};
+    PyObject *out, *x, *pool, *gate = Py_None, *up = Py_None, *down = Py_None, *gate_bias = Py_None, *up_bias = Py_None,
+                              *mask = Py_None;
+    const char *scale_dtype, *act = "relu";
+    Py_ssize_t n, m, d, neurons, stride;
+    float threshold = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOnnnnns|$OOOOOsfO", names, &out, &x, &pool, &n, &m, &d, &neurons,
+                                     &stride, &scale_dtype, &gate, &up, &down, &gate_bias, &up_bias, &act, &threshold,
+                                     &mask))
+        return NULL;
+    struct blocks call = {.n = (size_t)n, .m = (size_t)m, .d = (size_t)d, .neurons = (size_t)neurons,
+                          .record_stride = (size_t)stride, .gated = gate != Py_None, .threshold = threshold};
+    if (!are_sizes("n, m, d, neurons and record_stride", 1, n, 1, m, 1, d, 1, neurons, 1, stride, 0) ||
+        !parse_act(act, call.gated, &call.act) ||
+        (call.gated && !parse_matrix("gate", gate, scale_dtype, call.neurons, d, 0, call.record_stride, &call.gate)) ||
+        !parse_matrix("up", up, scale_dtype, call.neurons, d, 0, call.record_stride, &call.up) ||
+        !parse_matrix("down", down, scale_dtype, call.d, neurons, SPARE_BYTES, call.record_stride, &call.down) ||
+        (call.down.format.group != call.neurons && !fail("down's group is not the block of %zd neurons", neurons)) ||
+        (call.d % 32 != 0 && !fail("a width of %zd is not a multiple of 32", d)))
+        return NULL;
+    struct views held = {.count = 0};
+    const size_t floats = times(times(call.m, call.d), 4), biases = times(times(call.n, call.neurons), 4);
+    bool had_memory = true;
+    const bool done =
+        (call.out = view(&held, out, "out", FLOATS | WRITABLE, floats)) != NULL &&
+        (call.x = view(&held, x, "x", FLOATS, floats)) != NULL &&
+        (call.pool = view(&held, pool, "pool", BYTES, times(call.n, call.record_stride))) != NULL &&
+        view_optional(&held, gate_bias, "gate_bias", FLOATS, biases, &call.gate_bias) &&
+        view_optional(&held, up_bias, "up_bias", FLOATS, biases, &call.up_bias) &&
+        view_optional(&held, mask, "slots_mask", BYTES, call.n, &call.mask);
+    if (done) {
+        Py_BEGIN_ALLOW_THREADS
+        had_memory = compute_blocks(&call);
+        Py_END_ALLOW_THREADS
+    }
+    return finish(&held, done, had_memory);
+}
+
 /* --- copy_rows, read_bandwidth ------------------------------------------------------------------------- */
 
 static bool are_rows(const char *name, const int64_t *rows, size_t count, size_t stride, size_t size, size_t length) {
@@ -368,6 +434,7 @@ static PyObject *set_isa(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {
     {"matmul", (PyCFunction)(void (*)(void))matmul, METH_VARARGS | METH_KEYWORDS, matmul_doc},
     {"ffn", (PyCFunction)(void (*)(void))ffn, METH_VARARGS | METH_KEYWORDS, ffn_doc},
+    {"blocks", (PyCFunction)(void (*)(void))blocks, METH_VARARGS | METH_KEYWORDS, blocks_doc},
     {"copy_rows", copy_rows, METH_VARARGS, copy_rows_doc},
     {"read_bandwidth", read_bandwidth, METH_O, read_bandwidth_doc},
     {"get_threads", get_threads, METH_NOARGS, "get_threads()\n\nHow many threads the kernels use."},

@@ -29,6 +29,10 @@ INLINE vf vf_from_bf16(const uint8_t *p) {
 }
 INLINE vf vf_from_field(vu v) { return _mm256_cvtepi32_ps((__m256i)v); }
 INLINE vf vf_pick(vf v, vu index) { return _mm256_permutevar8x32_ps(v, (__m256i)index); }
+INLINE vf vf_pairs(vf a, vf b) {
+    const __m256d pairs = _mm256_castps_pd(_mm256_hadd_ps(a, b));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, _MM_SHUFFLE(3, 1, 2, 0)));
+}
 
 /* The 16 bytes at `low` and at `high`, each shuffled by `lanes`. */
 INLINE vu shuffle_halves(const uint8_t *low, const uint8_t *high, __m128i lanes) {

@@ -26,6 +26,11 @@ INLINE vf vf_from_bf16(const uint8_t *p) {
 }
 INLINE vf vf_from_field(vu v) { return _mm512_cvtepi32_ps((__m512i)v); }
 INLINE vf vf_pick(vf v, vu index) { return _mm512_permutexvar_ps((__m512i)index, v); }
+INLINE vf vf_pairs(vf a, vf b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+}
 
 INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 INLINE vu vu_load(const uint8_t *p) { return (vu)_mm512_loadu_si512(p); }

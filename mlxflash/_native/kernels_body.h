@@ -5,6 +5,7 @@
      vf_load vf_store vf_set vf_fma vf_sum       the usual; vf_fma(a, b, c) = a * b + c
      vf_from_f16 vf_from_bf16     LANES halves at an address, as floats
      vf_pick(v, i)                v[i[lane]] for every lane
+     vf_pairs(a, b)               sums of neighbouring lanes, a's and then b's
      vu_load, vu_load3, vu_load5  LANES little-endian values of 32, 24 and 20 bits at an address; what lies above
                                   a value's bits in its lane is open. A whole vector is read for each.
      vf_from_field                the float of a value below 2^31
@@ -282,6 +283,47 @@ INLINE void affine_axpys(const int bits, const int R, const int M, const struct 
     }
 }
 
+/* --- columns: many rows of one group each, as a block's down matrix has them -------------------------- */
+
+enum { MOST_ROW_LANES = 32, MOST_ROW_VALUES = 512 }; /* of a row, in vectors with padding */
+
+/* As many rows as lanes at a time: their bytes follow each other, so their lanes do, and vectors of lanes are added pair
+   by pair until there is one lane to each row. x holds h as each vector of lanes meets it, `patterns` in turn. */
+INLINE void affine_columns(const int bits, const int M, const struct format *f, struct row row, size_t rows,
+                           const float *x, const float *x_sums, size_t patterns, float *out) {
+    const int V = LANE_VALUES(bits), RUN = RUN_VALUES(bits);
+    const size_t lanes = f->cols / V, scale = KIND_SIZE(f->scale_kind);
+    for (size_t r = 0; r < rows; r += LANES) {
+        vf part[4][MOST_ROW_LANES];
+        for (size_t i = 0; i < lanes; i++, row.weights += BLOCK_BYTES(bits)) {
+            const float *at = x + i % patterns * V * M * LANES;
+            vf sum[2][4];
+            __builtin_prefetch(row.weights + BYTES_AHEAD);
+            vu q = LANE_BITS(bits) == 24   ? vu_load3(row.weights)
+                   : LANE_BITS(bits) == 20 ? vu_load5(row.weights)
+                                           : vu_load(row.weights);
+            UNROLL for (int t = 0; t < M; t++) sum[0][t] = sum[1][t] = vf_set(0);
+            for (int run = 0; run < V; run += RUN, at += RUN * M * LANES) {
+                UNROLL for (int k = 0; k < RUN; k++) {
+                    const vf v = field(bits, k, q);
+                    UNROLL for (int t = 0; t < M; t++)
+                        sum[k % 2][t] = vf_fma(v, vf_load(at + (k * M + t) * LANES), sum[k % 2][t]);
+                }
+                if (RUN < V) q >>= RUN * bits;
+            }
+            UNROLL for (int t = 0; t < M; t++) part[t][i] = sum[0][t] + sum[1][t];
+        }
+        const vf scales = load_values(f->scale_kind, row.scales + r * scale);
+        const vf biases = load_values(f->scale_kind, row.biases + r * scale);
+        UNROLL for (int t = 0; t < M; t++) {
+            for (size_t left = lanes; left > 1; left /= 2)
+                for (size_t i = 0; i < left / 2; i++) part[t][i] = vf_pairs(part[t][2 * i], part[t][2 * i + 1]);
+            float *to = out + t * rows + r;
+            vf_store(to, vf_fma(scales, part[t][0], vf_fma(biases, vf_set(x_sums[t]), vf_load(to))));
+        }
+    }
+}
+
 /* --- one function per way of storing a row and number of tokens: 4, 2, 1 ------------------------------- */
 
 #define AXPY_ROWS 4
@@ -346,17 +388,25 @@ INLINE void some_axpys(const int kind, const int bits, const int R, const int M,
     }
 #define DEFINE(name, kind, bits) \
     DEFINE_TILE(name, kind, bits, 4) DEFINE_TILE(name, kind, bits, 2) DEFINE_TILE(name, kind, bits, 1)
+#define DEFINE_COLUMNS(bits, M)                                                                                   \
+    static void columns##bits##_##M(const struct format *f, struct row row, size_t rows, const float *x,          \
+                                    const float *x_sums, size_t patterns, float *out) {                           \
+        affine_columns(bits, M, f, row, rows, x, x_sums, patterns, out);                                          \
+    }
+#define DEFINE_AFFINE(bits)                                                                \
+    DEFINE(affine##bits, AFFINE, bits) DEFINE_COLUMNS(bits, 4) DEFINE_COLUMNS(bits, 2)     \
+    DEFINE_COLUMNS(bits, 1)
 
 DEFINE(f32, F32, 8)
 DEFINE(f16, F16, 8)
 DEFINE(bf16, BF16, 8)
-DEFINE(affine1, AFFINE, 1)
-DEFINE(affine2, AFFINE, 2)
-DEFINE(affine3, AFFINE, 3)
-DEFINE(affine4, AFFINE, 4)
-DEFINE(affine5, AFFINE, 5)
-DEFINE(affine6, AFFINE, 6)
-DEFINE(affine8, AFFINE, 8)
+DEFINE_AFFINE(1)
+DEFINE_AFFINE(2)
+DEFINE_AFFINE(3)
+DEFINE_AFFINE(4)
+DEFINE_AFFINE(5)
+DEFINE_AFFINE(6)
+DEFINE_AFFINE(8)
 
 /* Indexed by the largest power of two (0, 1, 2) of tokens done at once. */
 #define FUNCTIONS(name)                                            \
@@ -374,6 +424,13 @@ static const struct functions dense_functions[] = {
 static const struct functions affine_functions[] = {
     [1] = FUNCTIONS(affine1), [2] = FUNCTIONS(affine2), [3] = FUNCTIONS(affine3), [4] = FUNCTIONS(affine4),
     [5] = FUNCTIONS(affine5), [6] = FUNCTIONS(affine6), [8] = FUNCTIONS(affine8)};
+
+typedef void (*columns_function)(const struct format *f, struct row row, size_t rows, const float *x,
+                                 const float *x_sums, size_t patterns, float *out);
+#define COLUMNS(bits) {columns##bits##_1, columns##bits##_2, columns##bits##_4}
+static const columns_function columns_functions[][3] = {[1] = COLUMNS(1), [2] = COLUMNS(2), [3] = COLUMNS(3),
+                                                        [4] = COLUMNS(4), [5] = COLUMNS(5), [6] = COLUMNS(6),
+                                                        [8] = COLUMNS(8)};
 
 static const struct functions *functions_for(const struct format *format) {
     return format->kind == AFFINE ? &affine_functions[format->bits] : &dense_functions[format->kind];
@@ -453,6 +510,25 @@ static void axpys(const struct operand *p, const struct row *rows, size_t count,
     }
 }
 
+static void columns(const struct format *f, size_t m, const float *h, struct row row, size_t rows, float *out) {
+    const size_t V = LANE_VALUES(f->bits), lanes = f->cols / V, patterns = lanes > LANES ? lanes / LANES : 1;
+    for (size_t t = 0; t < m;) {
+        const int power = tokens_at_once(m - t);
+        const size_t tokens = (size_t)1 << power;
+        float x[4 * MOST_ROW_VALUES], sums[4] = {0};
+        for (size_t each = 0; each < tokens; each++) {
+            const float *from = h + (t + each) * f->cols;
+            for (size_t i = 0; i < patterns * V * LANES; i++) {
+                const size_t k = i / LANES % V, lane = (i / (V * LANES) * LANES + i % LANES) % lanes;
+                x[(i / LANES * tokens + each) * LANES + i % LANES] = from[lane * V + k] * field_unit(f->bits, (int)k);
+            }
+            for (size_t c = 0; c < f->cols; c++) sums[each] += from[c];
+        }
+        columns_functions[f->bits][power](f, row, rows, x, sums, patterns, out + t * rows);
+        t += tokens;
+    }
+}
+
 /* --- layouts ------------------------------------------------------------------------------------------- */
 
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
@@ -522,4 +598,4 @@ static uint32_t sweep(const uint8_t *p, size_t size) {
 }
 
 #define SIMD_TABLE(isa) \
-    const struct simd simd_##isa = {#isa, measure, arrange, dots, axpys, collect, sweep}
+    const struct simd simd_##isa = {#isa, measure, arrange, dots, axpys, columns, collect, sweep}

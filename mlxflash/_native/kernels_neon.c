@@ -21,6 +21,7 @@ INLINE vf vf_pick(vf v, vu index) {
     const vu bytes = index * 0x04040404 + 0x03020100;
     return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(v), vreinterpretq_u8_u32(bytes)));
 }
+INLINE vf vf_pairs(vf a, vf b) { return vpaddq_f32(a, b); }
 
 INLINE vu vu_lanes(void) { return (vu){0, 1, 2, 3}; }
 INLINE vu vu_load(const uint8_t *p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }

@@ -31,6 +31,7 @@ INLINE vf vf_from_bf16(const uint8_t *p) {
 }
 INLINE vf vf_from_field(vu v) { return __builtin_convertvector((vi)v, vf); }
 INLINE vf vf_pick(vf v, vu i) { return (vf){v[i[0] & 3], v[i[1] & 3], v[i[2] & 3], v[i[3] & 3]}; }
+INLINE vf vf_pairs(vf a, vf b) { return (vf){a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}; }
 
 INLINE uint32_t three_bytes(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16; }
 

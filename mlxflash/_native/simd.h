@@ -31,6 +31,9 @@ struct simd {
     /* acc[t] += sum over r < count of h[t * h_stride + r] * rows[r]. */
     void (*axpys)(const struct operand *shape, const struct row *rows, size_t count, const float *h,
                   size_t h_stride, float *acc, float *acc_groups);
+    /* out[t * rows + r] += h[t] . row r, for r < rows, of an AFFINE matrix whose rows, from `first` on one after the
+       other, are one group each; rows are a multiple of 32, and SPARE_BYTES after the last can be read. */
+    void (*columns)(const struct format *format, size_t m, const float *h, struct row first, size_t rows, float *out);
     /* out[m, cols] += what the accumulators hold. */
     void (*collect)(const struct operand *shape, const float *acc, const float *acc_groups, float *out);
     uint32_t (*sweep)(const uint8_t *bytes, size_t size); /* reads everything */

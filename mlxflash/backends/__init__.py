@@ -6,6 +6,7 @@ activations are. The rest of the package never asks which device it runs on.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -18,10 +19,16 @@ from mlxflash.pool import Landing, Source, Staging
 from mlxflash.reader import Reader
 from mlxflash.resident import Tensor
 
+FLOATS = ("float32", "float16", "bfloat16")
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # of MLX's affine quantisation
+PARTIAL_SUMS = 128  # of blocks, each [d_model] of a token, that MLX makes before they are added up
+AFFINE_FORMATS, MXFP4_FORMATS = tuple(product(BITS, GROUPS)), ((4, 32),)
+
 
 @dataclass(frozen=True)
 class FFN:
-    """What the parts of a record mean: `plain` is act(up.x) * down, `gated` is act(gate.x) * (up.x) * down.
+    """What the parts of a record mean: `plain` is act(up.x) * down, `gated` is act(gate.x) * (up.x) * down; `experts`
+    and `blocks` (of neurons, gated where there is a gate) are whole matrices.
 
     The activation `drelu` is gated and a ReLU of both products; `fatrelu` passes what is above `threshold`.
     """
@@ -34,13 +41,15 @@ class FFN:
     group_size: int = 0
     threshold: float = 0.0
     mode: str = "affine"  # of quantisation
-    formats: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # bits and groups of an expert's other parts
+    formats: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of parts whose bits and groups are their own
 
     @classmethod
     def of(cls, manifest: Manifest, where: str = "manifest.json") -> "FFN":
         """Raises BundleError when the record's parts are not what the layout computes with."""
         if manifest.layout == "experts":
             return cls._of_experts(manifest, where)
+        if manifest.layout == "blocks":
+            return cls._of_blocks(manifest, where)
         q = manifest.quantization or {"bits": 0, "group_size": 0, "mode": "affine"}
         if q["mode"] != "affine":
             raise BundleError(f"{where}: {manifest.layout} units of mode {q['mode']!r} are unknown; convert again")
@@ -68,7 +77,7 @@ class FFN:
         return self.formats.get(name, (self.bits, self.group_size))
 
     def _products(self) -> tuple[str, ...]:
-        return ("gate", "up") if self.layout == "gated" else ("up",)
+        return ("gate", "up") if self.gated else ("up",)
 
     def _biases(self) -> list[str]:
         """Names of the parts that may be resident per unit."""
@@ -96,14 +105,12 @@ class FFN:
         kind = "experts", manifest.activation, record, d, q["bits"], q["group_size"]
         ffn = cls(*kind, mode=q["mode"], formats=manifest.formats)
         for bits, group in {ffn.format(name) for name in ("gate", "up", "down")} if ffn.bits else ():
-            if (q["mode"] == "affine" and (bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128))) or (
-                q["mode"] == "mxfp4" and (bits, group) != (4, 32)
-            ):
+            if (bits, group) not in (AFFINE_FORMATS if q["mode"] == "affine" else MXFP4_FORMATS):
                 raise BundleError(f"{where}: {bits} bits in groups of {group} make no sense; convert again")
         parts = {p.name: (p.dtype, p.shape) for p in record.parts if p.offset is not None}
         hidden = next((p.shape[0] for p in record.parts if p.name == "up" and len(p.shape) == 2), 0)
         scales = parts.get("up_scales", ("",))[0]
-        known = scales == "uint8" if q["mode"] == "mxfp4" else scales in ("float32", "float16", "bfloat16")
+        known = scales == "uint8" if q["mode"] == "mxfp4" else scales in FLOATS
         wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
         whole = not ffn.bits or known
         for name, rows, columns in (("gate", hidden, d), ("up", hidden, d), ("down", d, hidden)):
@@ -123,6 +130,49 @@ class FFN:
         if parts != wanted or len(parts) != len(record.parts) or not whole:
             raise BundleError(f"{where}: these are not the parts of experts of width {d}; convert again")
         return ffn
+
+    @classmethod
+    def _of_blocks(cls, manifest: Manifest, where: str) -> "FFN":
+        """A block's parts are quantised matrices as MLX has them: gate, where there is one, and up [neurons, d_model],
+        down [d_model, neurons], each of its own bits and group size (of down, all the neurons), and perhaps biases of
+        gate and up."""
+        record, d = manifest.record, manifest.d_model
+        q = manifest.quantization or {"bits": 0, "group_size": 0, "mode": ""}
+        parts = {p.name: (p.dtype, p.shape) for p in record.parts if p.offset is not None}
+        up, (scales, _) = parts.get("up", ("", ()))[1], parts.get("up_scales", ("", ()))
+        neurons = up[0] if up else 0
+        choices = AFFINE_FORMATS if q["mode"] == "affine" and scales in FLOATS else ()
+        choices = MXFP4_FORMATS if q["mode"] == "mxfp4" and scales == "uint8" else choices
+        formats: dict[str, tuple[int, int]] = {}
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in ("gate", "up", "down") if "gate" in parts else ("up", "down"):
+            rows, columns = (d, neurons) if name == "down" else (neurons, d)
+            for bits, group in choices:
+                if columns % group or (name == "down" and columns != group):
+                    continue
+                matrix = {name: ("uint32", (rows, columns * bits // 32))}
+                matrix[f"{name}_scales"] = scales, (rows, columns // group)
+                if q["mode"] == "affine":
+                    matrix[f"{name}_biases"] = scales, (rows, columns // group)
+                if matrix.items() <= parts.items():
+                    formats[name] = bits, group
+                    wanted |= matrix
+            if name != "down" and parts.get(f"{name}_bias", ("",))[0] in FLOATS:
+                wanted[f"{name}_bias"] = parts[f"{name}_bias"][0], (rows,)
+        same = formats.get("up") == (q["bits"], q["group_size"]) and len(parts) == len(record.parts)
+        if parts != wanted or not same:
+            raise BundleError(f"{where}: these are not the parts of blocks of width {d}; convert again")
+        return cls("blocks", manifest.activation, record, d, q["bits"], q["group_size"], manifest.threshold, q["mode"],
+                   formats)  # fmt: skip
+
+    @property
+    def gated(self) -> bool:
+        return self.layout == "gated" or (self.layout == "blocks" and "gate" in self.record)
+
+    @property
+    def neurons(self) -> int:
+        """Of one unit."""
+        return self.record["up"].shape[0] if self.layout in ("experts", "blocks") else 1
 
     @property
     def first(self) -> str:
@@ -179,16 +229,18 @@ class Backend(Protocol):
 
     name: str
     discrete: bool  # whether the host and the device have memory of their own
+    leaves_out_free: bool  # of its rows: whether those that are left out cost nothing
     traffic: Traffic
     carries: str  # what brings units to a discrete device, for people
     peak_bytes: int  # of MLX's memory, before the last time that the backend reset it
+    product_rounding: float  # how much products round what they multiply, relatively: 0 where they are float32's
 
     def available_memory(self) -> int | None:
         """Bytes of its own memory that a discrete device has free; None where it uses the host's or cannot say."""
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        """Where units land on their way to a window's rows, and to each of a stream's two blocks: what `rows` wants as
-        its third argument."""
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
+        """Where units land on their way to a window's rows, and to a stream's blocks: what `rows` wants as its third
+        argument."""
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype: ...
 
@@ -199,6 +251,9 @@ class Backend(Protocol):
 
     def layer_bytes(self, ffn: FFN) -> int:
         """Memory that `rows` takes beside its slots."""
+
+    def is_staged(self, ffn: FFN) -> bool:
+        """Whether units pass through staging, as not all reads can land in `rows` in place."""
 
     def operand(self, x: mx.array) -> Any:
         """x where this device computes on it: an array of MLX's, or of NumPy's where the host computes."""
@@ -233,15 +288,17 @@ class Matrix:
     biases: Any = None
     bits: int = 0
     group_size: int = 0
+    hidden: np.ndarray | None = None  # float32 [rows]: `project` adds it, and a ReLU follows before the next matrix
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.weight, self.scales, self.biases) if a is not None)
+        return sum(a.nbytes for a in (self.weight, self.scales, self.biases, self.hidden) if a is not None)
 
 
-def stagings(plan: Plan) -> list[Staging]:
-    """`Backend.landings` where the device uses the host's memory."""
-    return [Staging(plan.staging_bytes) for _ in range(3)]
+def host_landings(ffn: FFN, plan: Plan) -> tuple[Staging, Staging]:
+    """`Backend.landings` where the device uses the host's memory: one buffer for all."""
+    staging = Staging(plan.staging, ffn.record)
+    return staging, staging
 
 
 NO_CUDA = "this MLX was built without it: pip uninstall -y mlx-cpu; pip install 'mlxflash[cuda13]' (or cuda12)"

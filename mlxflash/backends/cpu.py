@@ -13,9 +13,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflash._native import core
-from mlxflash.backends import FFN, Matrix, Traffic, stagings
+from mlxflash.backends import FFN, Matrix, Traffic, host_landings
 from mlxflash.backends.attention import replace_attention
-from mlxflash.backends.experts import MLXExperts, NativeExperts
+from mlxflash.backends.experts import MLXExperts, NativeExperts, Slots, floats
+from mlxflash.backends.metal import MLXBackend
 from mlxflash.bundle import Manifest
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, RecordRows, Source, Staging, host_memory
@@ -31,17 +32,20 @@ class CPUBackend:
 
     name = "cpu"
     discrete = False
+    leaves_out_free = True
     carries = ""
     peak_bytes = 0
+    product_rounding = 0.0
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self._mlx = MLXBackend(mx.cpu)
 
     def available_memory(self) -> int | None:
         return None
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        return stagings(plan)
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
+        return host_landings(ffn, plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         return mx.float32
@@ -51,13 +55,20 @@ class CPUBackend:
             return MLXExperts(ffn, capacity, staging, None, mx.float32)
         if ffn.layout == "experts":
             return NativeExperts(ffn, capacity, staging)
+        if _left_to_mlx(ffn):
+            return self._mlx.rows(ffn, capacity, staging)
+        if ffn.layout == "blocks":
+            return NativeBlocks(ffn, capacity, staging)
         return NativeRows(ffn, capacity, staging)
 
     def slot_bytes(self, ffn: FFN) -> int:
         return ffn.record.stride + 4 * sum(p.offset is None for p in ffn.record.parts)
 
     def layer_bytes(self, ffn: FFN) -> int:
-        return 0
+        return self._mlx.layer_bytes(ffn) if _left_to_mlx(ffn) else 0
+
+    def is_staged(self, ffn: FFN) -> bool:
+        return self._mlx.is_staged(ffn) if _left_to_mlx(ffn) else not ffn.record.aligned
 
     def operand(self, x: mx.array) -> np.ndarray:
         return _host(x)
@@ -69,7 +80,9 @@ class CPUBackend:
         def product() -> np.ndarray:
             y = _host(x)
             for weight in weights:
-                y = multiply(y, weight)
+                y = multiply(y, weight, weight.hidden)
+                if weight.hidden is not None:
+                    np.maximum(y, 0, out=y)
             return y
 
         return product
@@ -98,6 +111,11 @@ class CPUBackend:
         replace_attention(model)
         for name, array in weights.items():
             weights[name] = array.mlx().astype(mx.float32) if len(array.shape) < 2 else array.mlx()
+
+
+def _left_to_mlx(ffn: FFN) -> bool:
+    """Blocks in formats that the kernels do not know."""
+    return ffn.layout == "blocks" and ffn.mode != "affine"
 
 
 def _take_matrix(path: str, module: nn.Module, weights: dict[str, Any]) -> Matrix:
@@ -165,6 +183,9 @@ class NativeEmbedding(nn.Module):
 
     def __call__(self, ids: mx.array) -> mx.array:
         m, chosen = self._matrix, np.asarray(ids)
+        count, least, most = m.weight.shape[0], int(chosen.min(initial=0)), int(chosen.max(initial=0))
+        if least < 0 or most >= count:
+            raise ValueError(f"token or position {least or most}: this model has {count}, counted from 0")
         rows = [_rows_of(array, chosen) for array in (m.weight, m.scales, m.biases) if array is not None]
         if m.bits:
             scales, biases = rows[1].astype(mx.float32), rows[2].astype(mx.float32)
@@ -232,3 +253,40 @@ class NativeRows:
                 slots_mask=mask, active=active, **self._resident, **self._call,
             )  # fmt: skip
         return mx.array(out), None if active is None else active[-watch:].astype(bool)
+
+
+class NativeBlocks(Slots):
+    """Blocks of quantised neurons in record-shaped slots; see backends.Rows. Results are there when `ffn` returns."""
+
+    leaves_out_free = True
+
+    def __init__(self, ffn: FFN, capacity: int, staging: Staging):
+        super().__init__(ffn, capacity, host_memory(capacity * ffn.record.stride), staging)
+        record = ffn.record
+        self._call: dict[str, Any] = {"act": ffn.activation, "threshold": ffn.threshold}
+        for name in ffn.formats:
+            offsets = (record[name + end].offset for end in ("", "_scales", "_biases"))
+            self._call[name] = *ffn.format(name), *offsets
+        self._biases = [p for p in record.parts if p.name in ("gate_bias", "up_bias")]
+
+    def settle(self, discard: bool = False) -> None:
+        """Nothing is ever pending: kernels run when they are called."""
+
+    def ffn(self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0) -> tuple[mx.array, None]:
+        assert core is not None
+        assert not watch, "blocks are never predicted"
+        ffn, record = self._ffn, self._ffn.record
+        out = np.zeros((len(x), ffn.d_model), np.float32)
+        if n:
+            pool = np.frombuffer(self._memory.memory, np.uint8).reshape(-1, record.stride)[:n]
+            biases = {
+                p.name: floats(np.ascontiguousarray(pool[:, p.offset : p.offset + p.num_bytes]), p.dtype)
+                for p in self._biases
+                if p.offset is not None
+            }
+            core.blocks(
+                out, _host(x), self._memory.memory, n, len(x), ffn.d_model, ffn.neurons, record.stride,
+                KINDS[record["up_scales"].dtype], slots_mask=None if keep is None else keep.astype(np.uint8),
+                **biases, **self._call,
+            )  # fmt: skip
+        return mx.array(out), None

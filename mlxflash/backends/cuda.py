@@ -20,12 +20,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxflash.backends import FFN, Matrix
-from mlxflash.backends.metal import DTYPES, MLXBackend, MLXRows
+from mlxflash.backends.metal import MLXBackend, MLXRows
 from mlxflash.backends.pagelocked import Bus
 from mlxflash.hosttier import CHUNKS, HostTier, Visit
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, Source
 from mlxflash.reader import Reader
+from mlxflash.resident import MLX
 
 MOST_ITEMS = 1 << 31  # MLX's CUDA kernels for vectors count an array's items in 32 bits
 WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
@@ -39,6 +40,7 @@ class DeviceBackend(MLXBackend):
     """
 
     discrete = True
+    leaves_out_free = False
 
     def __init__(self, device: Any, bus: Bus | None = None, carries: str = "plain copies"):
         super().__init__(device, record_rows=False, alias=False)
@@ -53,13 +55,16 @@ class DeviceBackend(MLXBackend):
         free = mx.device_info(mx.gpu).get("free_memory")
         return None if free is None else int(free)
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
+    def is_staged(self, ffn: FFN) -> bool:
+        return False  # not in its own memory
+
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
         """Doors to one host tier."""
         record = ffn.record
         tier = HostTier(record, max(CHUNKS, plan.host_landing // record.stride), plan.host_tier // record.stride)
         if self.bus is not None:
             self.bus.lock(tier.rows.memory, tier)  # where that fails, its rows go the plain way
-        return [Door(tier, takes=True), Door(tier, takes=False), Door(tier, takes=False)]
+        return Door(tier, takes=True), Door(tier, takes=False)
 
     def rows(self, ffn: FFN, capacity: int, staging: Any) -> Any:
         if ffn.layout == "experts":
@@ -76,9 +81,7 @@ class DeviceBackend(MLXBackend):
 
     def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
         """As every backend's; what was asked for before the first answer is wanted is waited for together."""
-        for weight in weights:
-            x = self.multiply(x, weight)
-        y = x.astype(mx.float32)
+        y = self.chain(x, weights)
         done, values = (y, lambda: np.asarray(y)) if self.bus is None else self.bus.result(y)
         mx.async_eval(done)
         self._asked.append(done)
@@ -131,7 +134,7 @@ class DeviceRows(MLXRows):
         self._unit_at = np.full(capacity, -1, np.int64)
         record = ffn.record
         for p in record.parts:
-            dtype = DTYPES[p.dtype] if p.offset is not None else mx.float32
+            dtype = MLX[p.dtype] if p.offset is not None else mx.float32
             if capacity * int(np.prod(p.shape)) >= MOST_ITEMS:
                 raise ValueError(f"{capacity} units of {p.name!r} are more than one array holds; use less memory")
             self._pools[p.name] = mx.zeros((capacity, *p.shape), dtype)
@@ -257,7 +260,7 @@ class DeviceRows(MLXRows):
                 new[p.name] = mx.array(np.concatenate(values))
             else:
                 part = records[:, p.offset // self._word : (p.offset + p.num_bytes) // self._word]
-                new[p.name] = part.view(DTYPES[p.dtype]).reshape(len(slots), *p.shape)
+                new[p.name] = part.view(MLX[p.dtype]).reshape(len(slots), *p.shape)
         self._update(_indices(slots), new, records)
         for a in arrived:
             self._unit_at[a.slots] = a.units

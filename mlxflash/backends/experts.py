@@ -54,8 +54,8 @@ class ExpertRows(Protocol):
         """Results of `experts`, each with where its rows belong: [pairs, d_model], evaluated where slots may change."""
 
 
-class _Slots:
-    """Record-shaped slots: the part of ExpertRows that the window sees."""
+class Slots:
+    """Record-shaped slots: the part of a backend's rows that the window sees."""
 
     def __init__(self, ffn: FFN, capacity: int, memory: memoryview, staging: Staging):
         self.capacity = capacity
@@ -99,7 +99,7 @@ def _relu2(up: np.ndarray) -> np.ndarray:
 HOST_ACTIVATIONS: dict[str, Callable[..., np.ndarray]] = {"silu": _silu, "clamped": _clamped, "relu2": _relu2}
 
 
-class NativeExperts(_Slots):
+class NativeExperts(Slots):
     """Native kernels on host memory, one expert after another with all of its tokens. Results are float32, and
     there when `experts` returns."""
 
@@ -142,7 +142,7 @@ class NativeExperts(_Slots):
             more = {"scales": self._bytes(slot, f"{name}_scales"), "biases": self._bytes(slot, f"{name}_biases")}
             more["bits"], more["group"] = self._ffn.format(name)
         if f"{name}_bias" in self._spans:
-            more["bias"] = _floats(self._bytes(slot, f"{name}_bias"), self._ffn.record[f"{name}_bias"].dtype)
+            more["bias"] = floats(self._bytes(slot, f"{name}_bias"), self._ffn.record[f"{name}_bias"].dtype)
         core.matmul(out, x, words, self._kind, len(x), rows, x.shape[1], row_bytes, **self._call, **more)
         return out
 
@@ -160,8 +160,8 @@ class NativeExperts(_Slots):
         return mx.array(out)
 
 
-def _floats(raw: memoryview, dtype: str) -> np.ndarray:
-    """Stored numbers as float32."""
+def floats(raw: Any, dtype: str) -> np.ndarray:
+    """Stored numbers, bytes one after the other, as float32."""
     if dtype == "bfloat16":
         return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, dtype).astype(np.float32)
@@ -214,7 +214,7 @@ class GatherExperts:
         return y if (np.diff(where) == 1).all() else y[mx.array(np.argsort(where))]
 
 
-class MLXExperts(GatherExperts, _Slots):
+class MLXExperts(GatherExperts, Slots):
     """Strided views of one MLX array.
 
     `compute`: the dtype that weights are multiplied in, None: their own. Where it is not theirs (MLX's CPU gathers

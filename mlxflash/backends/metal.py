@@ -12,14 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflash.backends import FFN, Matrix, Traffic, stagings
+from mlxflash.backends import FFN, PARTIAL_SUMS, Matrix, Traffic, host_landings
 from mlxflash.backends.experts import MLXExperts
 from mlxflash.bundle import ITEM_BYTES, Manifest
 from mlxflash.plan import Plan
 from mlxflash.pool import Landing, PartRows, RecordRows, Source, Staging, host_memory
 from mlxflash.reader import Reader
-from mlxflash.resident import MLX as DTYPES
-from mlxflash.resident import Tensor, read_mlx
+from mlxflash.resident import MLX, Tensor, read_mlx
 
 PAGE = 16384
 
@@ -82,11 +81,13 @@ class MLXBackend:
     """
 
     discrete = False
+    leaves_out_free = False
     carries = ""
 
     def __init__(self, device: Any, record_rows: bool | None = None, alias: bool | None = None):
         self.traffic = Traffic()
         self.peak_bytes = 0
+        self.product_rounding = 0.0 if device == mx.cpu else 2.0**-11  # GPUs may take float32 as TF32
         self.name = "metal" if device == mx.gpu else "mlx-cpu"
         self._device = device
         self._record_rows = device == mx.gpu if record_rows is None else record_rows
@@ -95,26 +96,30 @@ class MLXBackend:
     def available_memory(self) -> int | None:
         return None
 
-    def landings(self, ffn: FFN, plan: Plan) -> list[Any]:
-        return stagings(plan)
+    def landings(self, ffn: FFN, plan: Plan) -> tuple[Any, Any]:
+        return host_landings(ffn, plan)
 
     def activation_dtype(self, manifest: Manifest) -> mx.Dtype:
         """The weights' dtype; on the CPU float32 beside quantised weights, whose half-precision kernels crawl."""
         if (manifest.quantization is not None or manifest.layout == "experts") and self._device == mx.cpu:
             return mx.float32
-        return DTYPES[manifest.dtype]
+        return MLX[manifest.dtype]
 
     def rows(self, ffn: FFN, capacity: int, staging: Any) -> Any:
         if ffn.layout == "experts":
             compute = mx.float32 if self._device == mx.cpu else None
             return MLXExperts(ffn, capacity, staging, shared_array if self._alias else None, compute)
-        return MLXRows(ffn, capacity, staging, self._record_rows and not ffn.bits, self._alias)
+        return MLXRows(ffn, capacity, staging, self._has_records(ffn), self._alias)
+
+    def _has_records(self, ffn: FFN) -> bool:
+        return ffn.layout == "experts" or (self._record_rows and not ffn.bits)
 
     def slot_bytes(self, ffn: FFN) -> int:
-        if ffn.layout == "experts":
-            return ffn.record.stride
-        streamed = ffn.record.stride if self._record_rows and not ffn.bits else ffn.record.num_bytes
+        streamed = ffn.record.stride if self._has_records(ffn) else ffn.record.num_bytes
         return streamed + 4 * sum(p.offset is None for p in ffn.record.parts)
+
+    def is_staged(self, ffn: FFN) -> bool:
+        return not (self._has_records(ffn) and ffn.record.aligned)
 
     def layer_bytes(self, ffn: FFN) -> int:
         return PAGE * len(ffn.record.parts)  # what aligning an array costs
@@ -130,10 +135,16 @@ class MLXBackend:
             x, weight.weight, weight.scales, weight.biases, True, weight.group_size, weight.bits
         )  # fmt: skip
 
-    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+    def chain(self, x: mx.array, weights: tuple[Matrix, ...]) -> mx.array:
+        """What `project` hands over, float32."""
         for weight in weights:
             x = self.multiply(x, weight)
-        y = x.astype(mx.float32)
+            if weight.hidden is not None:
+                x = mx.maximum(x + mx.array(weight.hidden), 0)
+        return x.astype(mx.float32)
+
+    def project(self, x: mx.array, *weights: Matrix) -> Callable[[], np.ndarray]:
+        y = self.chain(x, weights)
         mx.async_eval(y)
         return lambda: np.asarray(y)
 
@@ -162,13 +173,13 @@ class MLXRows:
         self._memory: Any
         if record_rows:
             item = ITEM_BYTES[streamed[0].dtype]
-            view = self._make("record", (capacity, record.stride // item), DTYPES[streamed[0].dtype])
+            view = self._make("record", (capacity, record.stride // item), MLX[streamed[0].dtype])
             for p in streamed:
                 assert p.offset is not None
                 self._columns[p.name] = slice(p.offset // item, (p.offset + p.num_bytes) // item)
             self._memory = RecordRows(record, view, staging)
         else:
-            views = {p.name: self._make(p.name, (capacity, *p.shape), DTYPES[p.dtype]) for p in streamed}
+            views = {p.name: self._make(p.name, (capacity, *p.shape), MLX[p.dtype]) for p in streamed}
             self._memory = PartRows(record, views, staging)
         for p in record.parts:
             if p.offset is None:
@@ -212,7 +223,7 @@ class MLXRows:
             rows = self._arrays[stored][:n]
         else:
             view, dtype, shape = self._host[stored]
-            bits = {2: np.uint16, 4: np.uint32}[dtype.size]
+            bits = {1: np.uint8, 2: np.uint16, 4: np.uint32}[dtype.size]
             raw = np.frombuffer(view, bits).reshape(self.capacity, *shape)[:n]
             rows = mx.array(raw).view(dtype)
         return rows[:, self._columns[name]] if name in self._columns else rows
@@ -221,19 +232,37 @@ class MLXRows:
         if not self._ffn.bits:
             rows = self._rows(name, n)
             return x @ (rows.T if transpose else rows)
-        return mx.quantized_matmul(
-            x,
-            self._rows(name, n),
-            self._rows(name + "_scales", n),
-            self._rows(name + "_biases", n),
-            transpose,
-            self._ffn.group_size,
-            self._ffn.bits,
-        )
+        operands = self._quantised(name, n)
+        if self._ffn.layout == "blocks":  # their rows, one block's after the other
+            operands = [a if a is None else a.reshape(-1, a.shape[-1]) for a in operands]
+        return self._quantised_matmul(x, name, operands, transpose)
+
+    def _quantised(self, name: str, n: int) -> list[Any]:
+        """Words, scales and, but in mxfp4, biases of the live prefix."""
+        ends = ("", "_scales", "_biases")
+        return [self._rows(name + end, n) if name + end in self._ffn.record else None for end in ends]
+
+    def _quantised_matmul(self, x: mx.array, name: str, operands: list[Any], transpose: bool) -> mx.array:
+        bits, group = self._ffn.format(name)
+        words, scales, biases = operands
+        return mx.quantized_matmul(x, words, scales, biases, transpose, group, bits, self._ffn.mode)
 
     def _biased(self, x: mx.array, name: str, n: int) -> mx.array:
         y = self._product(x, name, n, True)
-        return y + self._rows(f"{name}_bias", n).astype(x.dtype) if f"{name}_bias" in self._resident else y
+        if f"{name}_bias" not in self._ffn.record:
+            return y
+        return y + self._rows(f"{name}_bias", n).reshape(-1).astype(x.dtype)
+
+    def _blocks_down(self, h: mx.array, n: int) -> mx.array:
+        """h [tokens, n * neurons] times the blocks' down matrices, some at a time: float32 [tokens, d_model]."""
+        h = h.reshape(len(h), n, -1).swapaxes(0, 1)
+        step = max(1, PARTIAL_SUMS // h.shape[1])
+        y = mx.zeros((h.shape[1], self._ffn.d_model))
+        for first in range(0, n, step):
+            some = slice(first, first + step)
+            operands = [a if a is None else a[some] for a in self._quantised("down", n)]
+            y = y + self._quantised_matmul(h[some], "down", operands, True).astype(mx.float32).sum(axis=0)
+        return y
 
     def ffn(
         self, x: mx.array, n: int, keep: np.ndarray | None = None, watch: int = 0
@@ -241,10 +270,11 @@ class MLXRows:
         if n == 0:  # the quantised kernels of MLX's CPU device die of zero rows
             return mx.zeros_like(x), np.zeros((watch, 0), bool) if watch else None
         first = self._biased(x, self._ffn.first, n)
-        h = activate(self._ffn, first, self._biased(x, "up", n) if self._ffn.layout == "gated" else None)
+        h = activate(self._ffn, first, self._biased(x, "up", n) if self._ffn.gated else None)
         if keep is not None:
-            h = mx.where(mx.array(keep), h, mx.zeros((), h.dtype))
-        y = self._product(h, "down", n, False).astype(x.dtype)
+            h = mx.where(mx.array(np.repeat(keep, self._ffn.neurons)), h, mx.zeros((), h.dtype))
+        whole = self._ffn.layout == "blocks"
+        y = (self._blocks_down(h, n) if whole else self._product(h, "down", n, False)).astype(x.dtype)
         active = None
         if watch:
             used = h[-watch:] != 0

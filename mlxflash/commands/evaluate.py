@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxflash.bundle import Bundle
-from mlxflash.commands.terminal import FIDELITIES, Progress, read_text, say
-from mlxflash.hub import STORY
+from mlxflash.commands.terminal import FIDELITIES, Progress, open_bundle, read_text, say
 from mlxflash.plan import format_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokens", type=int, default=1024, help="of the text, at most (1024)")
     p.add_argument("--context", type=int, default=512, help="tokens of a stretch, at most (512)")
     p.add_argument("--memory", default=None, help="as for generate")
-    p.add_argument("--predictor", nargs="+", default=[None], choices=["low-bit", "low-rank", "oracle", "all"])
+    p.add_argument("--predictor", nargs="+", default=[None], choices=["low-bit", "low-rank", "bound", "oracle", "all"])
     p.add_argument("--fidelity", nargs="+", default=[None], choices=FIDELITIES, help="levels, each with each predictor")
     p.add_argument("--margin", type=float, default=None, help="instead of a level: in standard errors of the estimate")
     p.add_argument("--window", type=int, default=None, help="as for generate")
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         from mlxflash.predictor import MARGIN
 
         check_plot(args.plot)
-    bundle = Bundle.open(STORY if str(args.bundle) == "story" else args.bundle)
+    bundle = open_bundle(args.bundle)
     tokens = read_text(args.text, bundle.path, args.tokens + 1)
     reports: list[Report] = []
     with (
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
             paper = "low-rank" if "low-rank" in bundle.predictors() else "low-bit"
             settings.append({"predictor": paper, "window": PAPER_WINDOW, "margin": MARGIN})
         for setting in settings:
-            reports.append(evaluate(dense, **setting))
+            reports.append(evaluate(dense, orders=bool(args.plot) and not reports, **setting))
             progress.close()
             if args.json:
                 print(json.dumps(reports[-1].to_json()), flush=True)

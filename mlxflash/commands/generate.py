@@ -9,6 +9,8 @@ from mlxflash.bundle import Bundle
 from mlxflash.commands.terminal import FIDELITIES, Progress, say
 from mlxflash.plan import format_bytes
 
+BYTES_PER_TOKEN = 3  # of a prompt before there is a tokenizer
+
 
 def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="story", help="bundle or checkpoint directory, hub name or alias (story)")
@@ -28,7 +30,10 @@ def add(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--window", type=int, default=None, help="drop units that the last K tokens did not use")
     p.add_argument(
-        "--predictor", default=None, choices=["low-bit", "low-rank", "oracle", "all"], help="which units a token needs"
+        "--predictor",
+        default=None,
+        choices=["low-bit", "low-rank", "bound", "oracle", "all"],
+        help="which units a token needs",
     )
     p.add_argument(
         "--look-ahead",
@@ -39,7 +44,7 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--fidelity", default=None, choices=FIDELITIES, help="how many active units are not worth a read (high)"
     )
-    p.add_argument("--exact", action="store_true", help="compute every unit: the same as --fidelity exact")
+    p.add_argument("--exact", action="store_true", help="leave out nothing that counts: as --fidelity exact")
     p.add_argument("--device", default=None, help="cuda, metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
     p.add_argument("--dtype", default=None, help="when the model is converted first, as for convert")
@@ -52,14 +57,10 @@ def add(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from mlxflash.hub import find_bundle
 
-    if args.exact and args.predictor not in (None, "all"):
+    if args.exact and args.predictor not in (None, "all", "bound"):
         raise ValueError(f"--exact and --predictor {args.predictor} contradict each other")
     if args.exact and args.fidelity not in (None, "exact"):
         raise ValueError(f"--exact and --fidelity {args.fidelity} contradict each other")
-    with Progress() as progress:
-        bundle = find_bundle(
-            args.model, dtype=args.dtype, bits=args.bits, progress=progress, say=say, memory=args.memory
-        )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text")
@@ -71,6 +72,16 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: between 0 and 2^64 - 1")
     if not (args.temp >= 0 and 0 <= args.top_p <= 1 and 0 <= args.min_p <= 1 and args.top_k >= 0):
         raise ValueError("--temp and --top-k are at least 0, --top-p and --min-p between 0 and 1")
+    with Progress() as progress:
+        bundle = find_bundle(
+            args.model,
+            dtype=args.dtype,
+            bits=args.bits,
+            progress=progress,
+            say=say,
+            memory=args.memory,
+            context=args.max_kv_size or len(prompt) // BYTES_PER_TOKEN + args.max_tokens,
+        )
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
@@ -147,7 +158,7 @@ def footer(response: Any) -> str:
             f"\nDevice: {format_bytes(flash.transfer_bytes)} sent per token, {flash.tier_hit_rate:.1%} of its units"
             f" from the host tier, {flash.pool_copies} whole-pool copies"
         )
-    foreseen = f" (forecast {flash.forecast_tps:.1f})" if flash.forecast_tps else ""
+    foreseen = f" (forecast {flash.forecast})" if flash.forecast else ""
     return (
         f"Mode: {flash.mode}\n"
         f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens-per-sec, "

@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlxflash.bundle import Bundle, BundleError
+import numpy as np
+
+from mlxflash.bundle import SPARSE_ACTIVATIONS, Bundle, BundleError, Manifest
 from mlxflash.catalog import KNOWN, Known
-from mlxflash.commands.terminal import Progress, say
+from mlxflash.commands.terminal import Progress, open_bundle, say
 from mlxflash.plan import format_bytes
 
 
@@ -51,12 +53,12 @@ def _known_facts(known: Known) -> dict[str, Any]:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    bundle = Bundle.open(_story(args.bundle))
+    bundle = open_bundle(args.bundle)
     print(json.dumps(facts(bundle), indent=1) if args.json else describe(bundle))
 
 
 def run_verify(args: argparse.Namespace) -> None:
-    bundle = Bundle.open(_story(args.bundle))
+    bundle = open_bundle(args.bundle)
     bad = []
     with Progress() as progress:
         for index in range(bundle.num_layers):
@@ -68,12 +70,6 @@ def run_verify(args: argparse.Namespace) -> None:
     if bad:
         raise BundleError(f"{bundle.path}: {len(bad)} records are damaged; convert again")
     print(f"{bundle.path}: all {sum(layer.units for layer in bundle.manifest.layers)} records match their checksums")
-
-
-def _story(path: Path) -> Path:
-    from mlxflash.hub import STORY
-
-    return STORY if str(path) == "story" else path
 
 
 def facts(bundle: Bundle) -> dict[str, Any]:
@@ -94,30 +90,45 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "streamed_bytes": bundle.streamed_bytes(),
         "resident_bytes": bundle.resident_bytes(),
         "predictors": {n: sum(f.stat().st_size for f in bundle.predictor_files(n)) for n in bundle.predictors()},
-        "runs": "sparse: predicted units only"
-        if m.sparse
-        else "routed: what the model's own router names, exactly"
-        if m.routed
-        else "exact: every unit, streamed where it is not held",
+        "runs": _runs(m),
         "calibration": m.calibration,
         "source": m.source,
     }
 
 
+def _runs(manifest: Manifest) -> str:
+    if manifest.sparse:
+        return "sparse: predicted units only"
+    if manifest.routed:
+        return "routed: what the model's own router names, exactly"
+    said = "exact: every unit, streamed where it is not held"
+    if manifest.layout == "blocks" and manifest.activation in SPARSE_ACTIVATIONS:
+        said += f" ({manifest.activation} makes neurons zero, but they share scales and are read in blocks)"
+    return said
+
+
 def describe(bundle: Bundle) -> str:
     """What `info` tells, for people."""
     f, m = facts(bundle), bundle.manifest
-    bits = f"{m.quantization['bits']}-bit, groups of {m.quantization['group_size']}" if m.quantization else m.dtype
+    q = m.quantization
+    bits = f"{q['bits']}-bit {q['mode']}, groups of {q['group_size']}" if q else m.dtype
     bits += "".join(f", {name} {n}-bit in {group}" for name, (n, group) in m.formats.items())
+    units = f"{f['units_per_layer']} units" + (f" of {m.record['up'].shape[0]} neurons" if m.layout == "blocks" else "")
     names = " | ".join(p.name for p in m.record.parts if p.offset is not None)
     lines = [
         f"{bundle.path}: {m.model_type} from {m.source}, {bits}",
-        f"  layers      {f['layers']} of {f['units_per_layer']} units, {m.layout}, {m.activation}, width {m.d_model}",
+        f"  layers      {f['layers']} of {units}, {m.layout}, {m.activation}, width {m.d_model}",
         f"  records     {f['record_bytes']} bytes every {f['record_stride']}: {names}",
         f"  streamed    {format_bytes(f['streamed_bytes'])}",
         f"  resident    {format_bytes(f['resident_bytes'])}",
         f"  runs        {f['runs']}",
     ]
+    if routing := m.calibration.get("router"):
+        misses = [np.interp(0.5, routing["misses"]["shares"], curve) for curve in routing["misses"]["layers"]]
+        measured = f"{routing['tokens']} tokens of {routing['text']}"
+        lines.append(f"  routing     {np.mean(misses):.2f} experts missed per token and layer, half held ({measured})")
+    if m.rounding:
+        lines.append(f"  rounding    {m.rounding}{_of_text(m.calibration['rounding'])}")
     for name, size in f["predictors"].items():
         said = m.calibration.get(name)
         lines.append(f"  predictor   {name}, {format_bytes(size)}: {_said(said)}")
@@ -125,19 +136,29 @@ def describe(bundle: Bundle) -> str:
     return "\n".join(lines)
 
 
+def _of_text(said: dict[str, Any]) -> str:
+    """What the cost of rounding was measured on; perplexity where that was a text of the user's."""
+    change = ""
+    if "ppl_change" in said:
+        change = f", perplexity {said['ppl_change']:+.2%} +-{said['ppl_change_se']:.2%}"
+    return f"{change} ({said['tokens']} tokens of {said['text']})"
+
+
 def _levels(bundle: Bundle, predictor: str) -> list[str]:
-    """The fidelity report: a line per level of a predictor, as measured with nothing held from earlier tokens."""
+    """The fidelity report: a line per level of a predictor and share of the units held from earlier tokens."""
     found = bundle.manifest.calibration.get("fidelity", {}).get(predictor)
     if not found:
         return []
-    size = sum(layer.units for layer in bundle.manifest.layers) * bundle.manifest.record.num_bytes
-    lines = []
-    for name, level in found["levels"].items():
+    units, lines = sum(layer.units for layer in bundle.manifest.layers), []
+    for name, level in ((name, level) for name, measured in found["levels"].items() for level in measured):
         reached = "" if level["met"] else ", as near as the predictor comes"
-        reached += f", with {level['held']:.0%} of the units held" if level["held"] else ""
+        held, read = "", level["flagged"] * units
+        if level["held"]:
+            held, misses = f" with {level['held']:.0%} of the units held", level["misses"]
+            read = sum(float(np.interp(level["held"], misses["shares"], curve)) for curve in misses["layers"])
         lines.append(
-            f"{name}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
-            f"{format_bytes(level['flagged'] * size)} per token{reached}"
+            f"{name}{held}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
+            f"{format_bytes(read * bundle.manifest.record.num_bytes)} per token{reached}"
         )
     return lines
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlxflash.bundle import Bundle
 from mlxflash.commands.inspect import describe
-from mlxflash.commands.terminal import Progress, read_text, read_words, say
+from mlxflash.commands.terminal import Progress, open_bundle, read_text, read_words, say
 
 
 def add_convert(p: argparse.ArgumentParser) -> None:
@@ -22,6 +22,13 @@ def add_convert(p: argparse.ArgumentParser) -> None:
         help="measure the predictor on this text; `self`: on the model's own; `none`: later; "
         "auto: `self` where the resident weights take less than 1 GB",
     )
+    p.add_argument(
+        "--rounding",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with -q, measure what rounding cost beside the floats, which are converted too for that time",
+    )
+    p.add_argument("--text", default=None, metavar="FILE", help="text for that (what the float model samples)")
     p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
     p.set_defaults(run=run_convert)
 
@@ -30,21 +37,31 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", type=Path)
     p.add_argument("--text", default=None, metavar="FILE", help="text to measure on (the model's own)")
     p.add_argument("--tokens", type=int, default=256, help="tokens to measure on (256)")
-    p.add_argument("--predictor", default="low-bit", choices=["low-bit", "low-rank"], help="which one (low-bit)")
+    p.add_argument(
+        "--predictor", default="low-bit", choices=["low-bit", "low-rank", "bound"], help="which one (low-bit)"
+    )
     p.add_argument(
         "--levels",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="find the levels of --fidelity too: some thirty passes over the tokens, hours for the largest models",
+        help="find the levels of --fidelity too: some fifty passes over the tokens, hours for the largest models",
     )
-    p.add_argument("--memory", default=None, help="as for generate; levels then count on what it holds")
+    p.add_argument("--memory", default=None, help="as for generate, while it measures")
     p.add_argument("--device", default=None, help="as for generate")
     p.set_defaults(run=run_calibrate)
 
 
 def add_train(p: argparse.ArgumentParser) -> None:
     p.add_argument("bundle", type=Path)
-    p.add_argument("--text", required=True, metavar="FILE", help="text to train on")
+    p.add_argument("--text", default=None, metavar="FILE", help="text to train on")
+    p.add_argument(
+        "--import",
+        dest="ready",
+        default=None,
+        type=Path,
+        metavar="FOLDER",
+        help="instead of training, take one that is trained: PowerInfer's files, model_0.pt and so on",
+    )
     p.add_argument("--tokens", type=int, default=50_000, help="tokens to train on, from all over the text (50000)")
     p.add_argument("--memory", default=None, help="as for generate, while the model's own inputs are recorded")
     p.add_argument("--device", default=None, help="as for generate")
@@ -66,6 +83,7 @@ def run_convert(args: argparse.Namespace) -> None:
     from mlxflash.catalog import ALIASES
     from mlxflash.converters import convert
     from mlxflash.hub import download, is_repo
+    from mlxflash.rounding import measure_rounding
 
     start = time.perf_counter()
     _check_tokens(args)
@@ -74,6 +92,7 @@ def run_convert(args: argparse.Namespace) -> None:
         source = download(ALIASES.get(args.source, args.source))
     text = args.calibrate if args.calibrate not in ("auto", "self", "none") else None
     tokens = None if text is None or not source.is_dir() else read_text(text, source, args.tokens)
+    words = None if args.text is None or not source.is_dir() else read_text(args.text, source, args.tokens)
     with Progress() as progress:
         bundle = convert(
             source, args.target, dtype=args.dtype, bits=args.bits, group_size=args.group_size, progress=progress
@@ -81,28 +100,32 @@ def run_convert(args: argparse.Namespace) -> None:
         if args.calibrate == "auto":
             args.calibrate = "self" if bundle.resident_bytes() < 1e9 else "none"
         if args.calibrate != "none" and "low-bit" in bundle.predictors():
-            calibrate(bundle, tokens, num_tokens=args.tokens, progress=progress)
+            bundle = calibrate(bundle, tokens, num_tokens=args.tokens, progress=progress)
+        if args.bits and args.rounding:
+            try:
+                measure_rounding(bundle, source, words, dtype=args.dtype, num_tokens=args.tokens, progress=progress)
+            except ValueError as error:
+                progress.close()
+                say(f"what {args.bits} bits cost was not measured: {error}")
     say(f"{args.target}: made in {time.perf_counter() - start:.1f} s")
     print(describe(Bundle.open(args.target)))
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
     from mlxflash.calibrate import calibrate
+    from mlxflash.routing import measure_routing
 
     _check_tokens(args)
-    bundle = Bundle.open(args.bundle)
+    bundle = open_bundle(args.bundle, "calibrate")
     tokens = None if args.text is None else read_text(args.text, bundle.path, args.tokens)
+    settings = {"num_tokens": args.tokens, "memory": args.memory, "device": args.device}
     with Progress() as progress:
-        bundle = calibrate(
-            bundle,
-            tokens,
-            num_tokens=args.tokens,
-            memory=args.memory,
-            device=args.device,
-            progress=progress,
-            predictor=args.predictor,
-            levels=args.levels,
-        )
+        if bundle.manifest.layout == "experts":
+            bundle = measure_routing(bundle, tokens, progress=progress, **settings)
+        else:
+            bundle = calibrate(
+                bundle, tokens, progress=progress, predictor=args.predictor, levels=args.levels, **settings
+            )
     print(describe(bundle))
 
 
@@ -113,7 +136,16 @@ def run_train(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     _check_tokens(args)
-    bundle = Bundle.open(args.bundle)
+    if (args.text is None) == (args.ready is None):
+        raise ValueError("train takes a text to train on (--text FILE) or a trained predictor (--import FOLDER)")
+    bundle = open_bundle(args.bundle, "train")
+    if args.ready is not None:
+        from mlxflash.imported import import_predictor
+
+        with Progress() as progress:
+            bundle = import_predictor(bundle, args.ready, lambda done, total: progress("layers", done, total))
+        print(describe(bundle))
+        return
     words = read_words(args.text)
     tokenizer = load_tokenizer(bundle.path)
     length = min(512, max_positions(bundle.config()))
@@ -129,7 +161,7 @@ def run_reorder(args: argparse.Namespace) -> None:
 
     start = time.perf_counter()
     _check_tokens(args)
-    bundle = Bundle.open(args.bundle)
+    bundle = open_bundle(args.bundle)
     tokens = read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
         bundle, reads = reorder(bundle, args.target, tokens, memory=args.memory, device=args.device, progress=progress)

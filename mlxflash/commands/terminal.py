@@ -4,11 +4,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlxflash.bundle import Bundle
+from mlxflash.catalog import STORY
+
 FIDELITIES = ("exact", "high", "balanced", "fast")  # as in fidelity.py, which needs MLX
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def open_bundle(name: Path, change: str = "") -> Bundle:
+    """A bundle by its directory, or the embedded one by its name; `change`: what is to be done to it in place.
+
+    Raises ValueError (BundleError) with one sentence.
+    """
+    if str(name) != "story":
+        return Bundle.open(name)
+    if change:
+        raise ValueError(f"story: the embedded model stays as it is; copy {STORY} and {change} the copy")
+    return Bundle.open(STORY)
 
 
 class Progress:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlxflash.bundle import MODES
 from mlxflash.models import rope
-from mlxflash.models.families import FAMILIES, MULTIMODAL, REFUSED, SWITCHES, Family, blocks
+from mlxflash.models.families import FAMILIES, MULTIMODAL, REFUSED, SWITCHES, Family, blocks_of
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -47,11 +47,11 @@ def settings(config: Any, where: str) -> dict[str, Any]:
         if full.get(theirs) is not None:
             full[ours] = full[theirs]
     sizes = full.get("intermediate_size")
-    if isinstance(sizes, list) and sizes == sizes[:1] * len(sizes):  # one for each layer
+    if isinstance(sizes, list) and sizes and sizes == sizes[:1] * len(sizes):  # one for each layer
         full["intermediate_size"] = sizes[0]
     if full.get("intermediate_size") is None and isinstance(full.get("hidden_size"), int):
         full["intermediate_size"] = 4 * full["hidden_size"]  # as Falcon and GPT-2 have it where nothing is said
-    full.setdefault("num_hidden_layers", len(blocks(full)))
+    full.setdefault("num_hidden_layers", len(blocks_of(full)))
     said = family.kv_heads(full) if family.kv_heads is not None else full.get("num_key_value_heads")
     full["num_key_value_heads"] = said or full.get("num_attention_heads")
     _check_numbers(full, family, where)
@@ -68,7 +68,7 @@ def settings(config: Any, where: str) -> dict[str, Any]:
 
 def _family(config: dict[str, Any]) -> Family:
     family = FAMILIES[config["model_type"]]
-    return family.dense if family.dense is not None and "E" not in blocks(config) else family
+    return family.dense if family.dense is not None and "E" not in blocks_of(config) else family
 
 
 def family_of(config: Any, where: str) -> tuple[Family, str, float]:
@@ -104,10 +104,10 @@ def _check_numbers(config: dict[str, Any], family: Family, where: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             name = family.keys.get(key, key)
             raise ValueError(f"{where}: {name} in config.json is {value!r}, not a positive number")
-    kinds = set(blocks(config))
-    if family.state_values is not None and not ({"M", "*"} < kinds <= {"M", "*", "E", "-"}):
+    blocks = set(blocks_of(config))
+    if family.state_values is not None and not ({"M", "*"} < blocks <= {"M", "*", "E", "-"}):
         raise ValueError(
-            f"{where}: the layers in config.json are {''.join(sorted(kinds)) or None!r}, not Mamba (M), attention (*)"
+            f"{where}: the layers in config.json are {''.join(sorted(blocks)) or None!r}, not Mamba (M), attention (*)"
             " and experts (E) or MLPs (-)"
         )
     width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -178,7 +178,7 @@ def graft(layer: Any, path: str, module: nn.Module) -> None:
 
 
 def ffn_layers(model: Any, family: Family) -> list[Any]:
-    """The layers of a model just built whose FFN streams, in order: of mixtures and hybrids those that have one."""
+    """The model's layers whose FFN streams, in order: all, but of mixtures and hybrids those that have one."""
     up = f"{family.ffn}.{family.parts['up']}"
     return [layer for layer in model.layers if find(layer, up) is not None]
 

@@ -69,7 +69,7 @@ def mixture(
 BLOCKS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E", "mlp": "-"}
 
 
-def blocks(config: dict[str, Any]) -> list[str]:
+def blocks_of(config: dict[str, Any]) -> list[str]:
     """The kinds of a Nemotron-H's layers, one letter each, however config.json says them; none where it does not."""
     keys = ("layers_block_type", "layer_types", "hybrid_override_pattern")
     said = next((config[key] for key in keys if config.get(key)), "")
@@ -79,12 +79,12 @@ def blocks(config: dict[str, Any]) -> list[str]:
 def _mamba_values(config: dict[str, Any]) -> int:
     inner = config["mamba_num_heads"] * config["mamba_head_dim"]
     conv = (config["conv_kernel"] - 1) * (inner + 2 * config["n_groups"] * config["ssm_state_size"])
-    return int(blocks(config).count("M") * (conv + inner * config["ssm_state_size"]))
+    return int(blocks_of(config).count("M") * (conv + inner * config["ssm_state_size"]))
 
 
 def _attention_values(config: dict[str, Any]) -> int:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return int(2 * blocks(config).count("*") * config["num_key_value_heads"] * head_dim)
+    return int(2 * blocks_of(config).count("*") * config["num_key_value_heads"] * head_dim)
 
 
 NEMOTRON_H: dict[str, Any] = {
@@ -280,7 +280,7 @@ FAMILIES = {
     "phimoe": mixture(
         "phimoe",
         "block_sparse_moe.switch_mlp",
-        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1000000.0},
+        defaults={"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e6},
         fixed={"attention_bias": True, "lm_head_bias": True, "tie_word_embeddings": False},
     ),
     "nemotron_h": mixture(

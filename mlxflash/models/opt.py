@@ -160,7 +160,7 @@ class Model(nn.Module):
         """A checkpoint's tensor name as a parameter path of this model."""
         if name.startswith("decoder."):
             name = "model." + name
-        return name.replace(".fc1.", ".mlp.fc1.").replace(".fc2.", ".mlp.fc2.")
+        return name if ".mlp." in name else name.replace(".fc1.", ".mlp.fc1.").replace(".fc2.", ".mlp.fc2.")
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         renamed = {self.rename(k): v for k, v in weights.items()}

@@ -78,11 +78,12 @@ def frequencies(said: dict[str, Any], dims: int, base: float) -> tuple[np.ndarra
         turns = original * plain / (2 * math.pi)
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return plain * ((1 - smooth) / factor + smooth), 1.0
-    scale = said.get("short_mscale") or said.get("attention_factor")  # the first is Phi-MoE's
+    scale = said.get("attention_factor")
     if kind == "longrope":
         short = np.array(said["short_factor"], np.float64)
         if short.shape != plain.shape:
             raise ValueError(f"short_factor of rope_scaling has {short.size} numbers, not {plain.size}")
+        scale = said.get("short_mscale", scale)  # Phi-MoE's
         if scale is None:
             scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return plain / short, scale

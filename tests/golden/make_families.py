@@ -276,11 +276,6 @@ CASES = {
     | {"model_type": "cohere", "hidden_act": "silu", "logit_scale": 0.5, "layer_norm_eps": 1e-5, "use_qk_norm": True}
     | {"pad_token_id": 0, "tie_word_embeddings": True},
     "ernie4_5": LLAMA | {"model_type": "ernie4_5", "hidden_act": "silu", "use_bias": True, "head_dim": 16},
-    "nemotron_h": LLAMA  # without experts; with: make_mixtures.py
-    | {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*-", "num_hidden_layers": 4, "head_dim": 16}
-    | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "mamba_num_heads": 8, "mamba_head_dim": 16}
-    | {"ssm_state_size": 32, "n_groups": 2, "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
-    | {"attention_bias": False, "mlp_bias": True, "use_bias": False, "mamba_proj_bias": False},
     "exaone4": LLAMA
     | {"model_type": "exaone4", "hidden_act": "silu", "head_dim": 16, "num_hidden_layers": 3}
     | {"sliding_window": 16, "sliding_window_pattern": "LG", "tie_word_embeddings": True}
@@ -313,6 +308,11 @@ CASES = {
     | {"num_hidden_layers": 4, "sliding_window": 16, "sliding_window_pattern": 2, "tie_word_embeddings": True}
     | {"pad_token_id": 0},
     "arcee": LLAMA | {"model_type": "arcee", "hidden_act": "relu2", "head_dim": 16},
+    "nemotron_h": LLAMA  # without experts; with: make_mixtures.py
+    | {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*-", "num_hidden_layers": 4, "head_dim": 16}
+    | {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "mamba_num_heads": 8, "mamba_head_dim": 16}
+    | {"ssm_state_size": 32, "n_groups": 2, "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5}
+    | {"attention_bias": False, "mlp_bias": True, "use_bias": False, "mamba_proj_bias": False},
     "starcoder2": LLAMA
     | {"model_type": "starcoder2", "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "sliding_window": 100}
     | {"tie_word_embeddings": True},
