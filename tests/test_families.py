@@ -108,6 +108,7 @@ OTHERWISE = {  # what mlx-lm computes otherwise than transformers: why
     "minicpm-longrope": "LongRoPE by its long factors at every length",
     "minicpm": "SiLU whatever hidden_act says; logits of a tied head are not scaled",
     "gemma": "GELU without the tanh",
+    "glm": "turns whole heads by position",
     "gpt_neox": "GELU with the tanh",
     "starcoder2": "GELU without the tanh",
     "gpt2": "knows no names that begin with transformer",

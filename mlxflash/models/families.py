@@ -213,6 +213,7 @@ FAMILIES = {
     ),
     "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu", "rope_theta": 500000.0}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
+    "glm": Family("mlxflash.models.glm", "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
     "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp", defaults=UNTIED | {"rope_theta": 1000000.0}),
     "qwen2_moe": mixture("qwen2_moe", fixed={"norm_topk_prob": False}),
@@ -235,7 +236,6 @@ MULTIMODAL = {"gemma3": "gemma3_text", "gemma3n": "gemma3n_text", "mistral3": "m
 REFUSED = {  # families that could be thought to be here: why they are not
     "apertus": "its activation xIELU has learned numbers in every layer",
     "bitnet": "it rounds a token's activations by the largest of all units, so none can be computed before all are",
-    "glm": "mlx-lm turns whole heads by position, GLM half of each",
     "phimoe": "mlx-lm's logits are not transformers'",
 }
 SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI"}  # what mlx-lm calls the activations between experts' matrices
