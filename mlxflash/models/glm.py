@@ -1,4 +1,4 @@
-"""GLM-4 9B as first published (`glm`): mlx-lm's, but for positions: it turns whole heads by them, GLM a part of each."""
+"""GLM-4 9B as first published (`glm`): mlx-lm's, but for positions, by which it turns whole heads, GLM a part."""
 
 from dataclasses import dataclass
 from typing import Any
