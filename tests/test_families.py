@@ -184,6 +184,11 @@ BAD = {
     "no factor": (
         lambda c: c.update(rope_scaling={"type": "yarn", "factor": "x"}), None, "factor 'x' of rope_scaling .* no pos"
     ),
+    "no attention factor": (
+        lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2.0, "attention_factor": "x"}),
+        None,
+        "attention_factor 'x' of rope_scaling .* no positive number",
+    ),
     "no heads": (lambda c: c.update(num_key_value_heads=-1), None, "num_key_value_heads in config.json is -1"),
     "missing": (None, lambda w: {k: v for k, v in w.items() if k != GATE}, f"tensor '{GATE}' is missing"),
     "extra": (None, lambda w: w | {GATE + "x": w[GATE]}, f"tensor '{GATE}x' has no place in a llama model"),
