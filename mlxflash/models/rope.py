@@ -38,7 +38,8 @@ def spell_out(config: dict[str, Any], where: str) -> None:
             config["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
         config.update({key: nested[key] for key in ("rope_theta", "partial_rotary_factor") if key in nested})
         config["rope_scaling"] = config.get("rope_scaling") or nested
-    config.setdefault("rope_theta", 10000.0)  # of the few that begin elsewhere, the family's row says it
+    if config.get("rope_theta") is None:
+        config["rope_theta"] = 10000.0  # of the few that begin elsewhere, the family's row says it
     if not _is_positive(config["rope_theta"]):
         raise ValueError(f"{where}: rope_theta in config.json is {config['rope_theta']!r}, not a positive number")
     said = config.get("rope_scaling")
