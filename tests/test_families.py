@@ -108,6 +108,7 @@ OTHERWISE = {  # what mlx-lm computes otherwise than transformers: why
     "minicpm-longrope": "LongRoPE by its long factors at every length",
     "minicpm": "SiLU whatever hidden_act says; logits of a tied head are not scaled",
     "gemma": "GELU without the tanh",
+    "glm": "turns whole heads by position",
     "gpt_neox": "GELU with the tanh",
     "starcoder2": "GELU without the tanh",
     "gpt2": "knows no names that begin with transformer",
@@ -182,6 +183,11 @@ BAD = {
     ),
     "no factor": (
         lambda c: c.update(rope_scaling={"type": "yarn", "factor": "x"}), None, "factor 'x' of rope_scaling .* no pos"
+    ),
+    "no attention factor": (
+        lambda c: c.update(rope_scaling={"type": "yarn", "factor": 2.0, "attention_factor": "x"}),
+        None,
+        "attention_factor 'x' of rope_scaling .* no positive number",
     ),
     "no heads": (lambda c: c.update(num_key_value_heads=-1), None, "num_key_value_heads in config.json is -1"),
     "missing": (None, lambda w: {k: v for k, v in w.items() if k != GATE}, f"tensor '{GATE}' is missing"),

@@ -20,10 +20,8 @@ __all__ = ["FAMILIES", "Family"]
 
 def text_of(config: Any) -> Any:
     """config.json of the text model alone, where it lies beside what sees and hears."""
-    if not isinstance(config, dict) or config.get("model_type") not in MULTIMODAL:
-        return config
-    text = config.get("text_config")
-    if not isinstance(text, dict):
+    text = config.get("text_config") if isinstance(config, dict) else None
+    if not isinstance(text, dict) or str(config.get("model_type")) not in MULTIMODAL:
         return config
     beside = {k: v for k, v in config.items() if not isinstance(v, dict) or k.startswith("quantization")}
     return beside | {"model_type": MULTIMODAL[config["model_type"]]} | text
@@ -126,7 +124,7 @@ def build_model(config: dict[str, Any], where: str, base: type | None = None) ->
         _check_pattern(full, args)
         model: nn.Module = cls(args)
         rope.install(model, full, args)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{where}: config.json describes no {config['model_type']} model ({said})") from None
     mx.eval(mx.random.state)  # or each model leaves its uncomputed draws of initial weights behind

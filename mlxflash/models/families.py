@@ -255,6 +255,7 @@ FAMILIES = {
     ),
     "ernie4_5": Family(mlx_lm("ernie4_5"), "gated", GATED, defaults={"hidden_act": "silu", "rope_theta": 500000.0}),
     "phi3": Family(mlx_lm("phi3"), "gated", FUSED, defaults=UNTIED),
+    "glm": Family("mlxflash.models.glm", "gated", FUSED, defaults=UNTIED),
     "glm4": Family(mlx_lm("glm4"), "gated", FUSED, defaults=UNTIED),
     # A Mixtral with ReLU is refused: transformers' class means the gate's by it, TurboSparse-Mixtral's own code dReLU
     "mixtral": mixture("mixtral", "block_sparse_moe.switch_mlp", defaults=UNTIED | {"rope_theta": 1000000.0}),
@@ -295,6 +296,5 @@ MULTIMODAL = {"gemma3": "gemma3_text", "gemma3n": "gemma3n_text", "mistral3": "m
 REFUSED = {  # families that could be thought to be here: why they are not
     "apertus": "its activation xIELU has learned numbers in every layer",
     "bitnet": "it rounds a token's activations by the largest of all units, so none can be computed before all are",
-    "glm": "mlx-lm turns whole heads by position, GLM half of each",
 }
 SWITCHES = {"silu": "SwiGLU", "clamped": "SwigluOAI", "relu2": "ReLU2"}  # mlx-lm's names of experts' activations

@@ -19,6 +19,7 @@ NEEDED = {
     "yarn": ("factor",),
     "longrope": (),
 }
+OPTIONAL = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "alpha")
 
 
 def spell_out(config: dict[str, Any], where: str) -> None:
@@ -30,13 +31,17 @@ def spell_out(config: dict[str, Any], where: str) -> None:
     nested = config.get("rope_parameters")
     if isinstance(nested, dict):  # transformers 5
         if isinstance(nested.get("full_attention"), dict):  # one for each kind of layer
-            local, nested = nested.get("sliding_attention") or {}, nested["full_attention"]
+            local, nested = nested.get("sliding_attention"), nested["full_attention"]
+            local = local if isinstance(local, dict) else {}
             if local.get("rope_type", "default") != "default":
                 raise ValueError(f"{where}: rope_parameters {local['rope_type']!r} of sliding layers is not supported")
             config["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
         config.update({key: nested[key] for key in ("rope_theta", "partial_rotary_factor") if key in nested})
         config["rope_scaling"] = config.get("rope_scaling") or nested
-    config.setdefault("rope_theta", 10000.0)  # of the few that begin elsewhere, the family's row says it
+    if config.get("rope_theta") is None:
+        config["rope_theta"] = 10000.0  # of the few that begin elsewhere, the family's row says it
+    if not _is_positive(config["rope_theta"]):
+        raise ValueError(f"{where}: rope_theta in config.json is {config['rope_theta']!r}, not a positive number")
     said = config.get("rope_scaling")
     kind = said.get("rope_type", said.get("type", "default")) if isinstance(said, dict) else said or "default"
     kind = "longrope" if kind == "su" else kind  # as Phi-3's first checkpoints have it
@@ -51,7 +56,7 @@ def spell_out(config: dict[str, Any], where: str) -> None:
     full["original_max_position_embeddings"] = original or positions
     if kind == "longrope" and not full.get("factor") and _is_positive(original):
         full["factor"] = positions / original
-    for key in (*NEEDED[kind], "original_max_position_embeddings"):
+    for key in (*NEEDED[kind], "original_max_position_embeddings", *(key for key in OPTIONAL if full.get(key))):
         if not _is_positive(full.get(key)):
             raise ValueError(f"{where}: {key} {full.get(key)!r} of rope_scaling in config.json is no positive number")
     if kind == "longrope":  # beyond, every token before would be turned by other factors

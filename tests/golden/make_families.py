@@ -129,6 +129,8 @@ CASES = {
     "qwen3": LLAMA | {"model_type": "qwen3", "hidden_act": "silu", "head_dim": 24, "tie_word_embeddings": True},
     "olmo2": LLAMA | {"model_type": "olmo2", "hidden_act": "silu"},
     "phi3": LLAMA | {"model_type": "phi3", "hidden_act": "silu", "sliding_window": 100, "pad_token_id": 0},
+    "glm": LLAMA
+    | {"model_type": "glm", "hidden_act": "silu", "head_dim": 16, "attention_bias": True, "pad_token_id": 0},
     "glm4": LLAMA
     | {
         "model_type": "glm4",
