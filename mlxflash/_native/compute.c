@@ -342,7 +342,8 @@ struct blocks_job {
 /* Rows [0, count) of a record's matrix times an operand: out[t * out_stride + r]. */
 static void matrix_dots(const struct operand *x, const struct matrix *matrix, const uint8_t *record, size_t count,
                         float *out, size_t out_stride) {
-    const size_t row = row_size(&matrix->format), scales = scales_size(&matrix->format), ahead = rows_ahead(&matrix->format);
+    const struct format *format = &matrix->format;
+    const size_t row = row_size(format), scales = scales_size(format), ahead = rows_ahead(format);
     for (size_t first = 0; first < count; first += BATCH) {
         const size_t batch = least(BATCH, count - first);
         struct row rows[2][BATCH];

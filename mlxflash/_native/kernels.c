@@ -277,9 +277,10 @@ static bool parse_matrix(const char *name, PyObject *said, const char *scale_dty
         !are_sizes("a matrix's offsets", 1, weights, 1, scales, 1, biases, 0))
         return false;
     matrix->first = (struct part){(size_t)weights, (size_t)scales, (size_t)biases};
-    const size_t own = plus(times(rows, row_size(&matrix->format)), room), more = times(rows, scales_size(&matrix->format));
-    if (plus(matrix->first.weights, own) > stride || plus(matrix->first.scales, more) > stride ||
-        plus(matrix->first.biases, more) > stride)
+    const size_t words = plus(times(rows, row_size(&matrix->format)), room);
+    const size_t values = times(rows, scales_size(&matrix->format));
+    if (plus(matrix->first.weights, words) > stride || plus(matrix->first.scales, values) > stride ||
+        plus(matrix->first.biases, values) > stride)
         return fail("%s reaches beyond records of %zu bytes", name, stride);
     return true;
 }
