@@ -234,7 +234,7 @@ def test_a_bundle_whose_config_names_another_activation_is_refused(made, tmp_pat
             load(path, "native", "least", None)
 
 
-@pytest.mark.parametrize("predictor", ["oracle", "low-bit", "low-rank"])
+@pytest.mark.parametrize("predictor", ["oracle", "low-bit", "low-rank", "bound"])
 def test_what_is_never_zero_is_never_left_out(made, predictor):
     with pytest.raises(ValueError, match="silu units are never zero, so none can be left out; it runs exactly"):
         load(made("llama"), "native", "least", predictor)
