@@ -18,7 +18,7 @@ import numpy as np
 from mlxflash.backends import Rows
 from mlxflash.diskprofile import DiskProfile
 from mlxflash.pool import Landing, Source
-from mlxflash.predictor import Predictor
+from mlxflash.predictor import Ids, Predictor
 from mlxflash.reader import Reader
 from mlxflash.sketch import Sketch
 from mlxflash.window import Ticket, Window
@@ -147,6 +147,18 @@ class FlashLayer:
     num_decoded: int = 0  # tokens that went through the window
     fixed: bool = False  # what the window holds is there to stay
     predicted: bool = False  # rows that are held and not predicted are left out
+
+
+class Warming:
+    """Predicts what a level reads with nothing held, until a window holds as many rows as another counts on."""
+
+    def __init__(self, cold: Predictor, warm: Predictor, window: Window, rows: int):
+        self._cold, self._warm, self._window, self._rows = cold, warm, window, rows
+        self.nbytes = warm.nbytes
+
+    def start(self, x: mx.array) -> Ids:
+        """As Predictor's."""
+        return (self._warm if self._window.num_rows >= self._rows else self._cold).start(x)
 
 
 class FlashFFN(nn.Module):

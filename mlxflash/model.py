@@ -21,7 +21,7 @@ from mlxflash.bound import load_bound
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
 from mlxflash.experts import FlashExperts
-from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
+from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Warming
 from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, levels_of, needs, read_cuts
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
@@ -57,6 +57,7 @@ from mlxflash.window import Window
 
 PREDICTORS = ("all", "oracle", *STORED)
 DEFAULT_GAP_BYTES = 256 << 10  # between two records of a stream: cheaper read than stepped over
+FULL = 0.9  # of what a level counts on: some units are never wanted, so a window may never be quite full
 DEFAULT_CONTEXT = 4096  # tokens of key-value cache planned for when nobody says how many
 
 
@@ -273,6 +274,13 @@ def load_bundle(
             flash.layers[-1].after = flash.layers[0]
         if look_ahead and name in ("low-bit", "oracle"):
             _link(flash.layers, bundle, backend, ffn, cuts)
+        if level is not None and level.held and not plan.whole:
+            counts_on = FULL * level.held / (sum(plan.capacities) / sum(plan.units))  # of what a layer can hold
+            cold = read_cuts(bundle, name, needs(bundle, name, level.name)[-1].multiplier)
+            for layer, (base, least) in zip(flash.layers, cold, strict=True):
+                warm, until = layer.predictor, int(counts_on * layer.rows.capacity)
+                assert isinstance(warm, Projection)
+                layer.predictor = Warming(warm.above(base + least), warm, layer.window, until)
     except BaseException as error:
         flash.close()
         if isinstance(error, RuntimeError):

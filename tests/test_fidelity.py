@@ -280,6 +280,30 @@ def test_the_forecast_decides_whether_rows_are_left_out(bundle, monkeypatch):
             assert not any(layer.predicted for layer in loaded.flash.layers)
 
 
+def test_a_level_that_counts_on_memory_waits_until_it_is_filled(ours):
+    """A cold window's tokens read what the level measured with nothing held would, and a full one's less."""
+    manifest = json.loads((ours / "manifest.json").read_text())
+    for level in manifest["calibration"]["fidelity"]["low-bit"]["levels"]["fast"]:
+        level["multiplier"] += level["held"]  # further apart than they are
+    (ours / "manifest.json").write_text(json.dumps(manifest))
+    x = mx.random.normal((1, SHAPE.d_model), key=mx.random.key(0))
+    settings = {"memory": SMALL, "fidelity": "fast", "device": "cpu"}
+    with load_bundle(ours, window=1, **settings) as model:
+        named = [layer.predictor.start(x)() for layer in model.flash.layers]
+    with load_bundle(ours, all_rows=True, **settings) as model:
+        assert model.flash.level.held > 0
+        for layer, cold in zip(model.flash.layers, named, strict=True):
+            np.testing.assert_array_equal(layer.predictor.start(x)(), cold)
+        for _ in decode_logprobs(model, TOKENS[:30]):
+            pass
+        for layer, cold in zip(model.flash.layers, named, strict=True):
+            warm = layer.predictor.start(x)()
+            assert np.isin(warm, cold).all()
+            assert len(warm) < len(cold)
+        model.flash.forget()
+        np.testing.assert_array_equal(model.flash.layers[0].predictor.start(x)(), named[0])
+
+
 def test_a_window_that_gives_up_units_counts_on_none(bundle):
     with load_bundle(bundle.path, memory=SMALL, window=5) as model:
         assert model.flash.level.held == 0 < held_share(model)
