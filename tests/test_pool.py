@@ -106,10 +106,11 @@ class Slow:
     """A reader whose batches are done by whoever waits for them: `under_way` are those that nobody waited for yet."""
 
     def __init__(self, fails=()):
-        self.under_way, self._reader, self._fails = [], make_reader("python"), fails
+        self.under_way, self.asked, self._reader, self._fails = [], [], make_reader("python"), fails
 
     def submit(self, file, spans, dest):
         ticket = SlowTicket(self, file, spans, np.frombuffer(dest, np.uint8))
+        self.asked.append(file.path)
         if file.path in self._fails:
             raise OSError(5, "refused", file.path)
         self.under_way.append(ticket)
@@ -190,6 +191,8 @@ def test_a_landing_that_fails_leaves_staging_to_others(tmp_path, when):
         good.assert_held()
         other.assert_held()
         assert not reader.under_way
+        assert reader.asked.count(short.path) <= 3  # no more than was under way when it failed
+        reader.asked.clear()
     for file in (whole, short):
         file.close()
 
