@@ -191,7 +191,7 @@ def test_a_landing_that_fails_leaves_staging_to_others(tmp_path, when):
         good.assert_held()
         other.assert_held()
         assert not reader.under_way
-        assert reader.asked.count(short.path) <= 3  # no more than was under way when it failed
+        assert reader.asked.count(short.path) <= len(shared._pieces) < 10  # of ten rounds
         reader.asked.clear()
     for file in (whole, short):
         file.close()
