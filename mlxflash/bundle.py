@@ -254,7 +254,16 @@ class Bundle:
         if not self.manifest.sparse:
             raise BundleError(
                 f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "
-                "it runs exactly, by streaming (--exact)"
+                "it runs exactly, by streaming (--exact), or lossily, with --sparsity"
+            )
+
+    def require_never_zero(self) -> None:
+        """Raises BundleError where `--sparsity` is not what leaves units out."""
+        self.require_neurons()
+        if self.manifest.sparse:
+            raise BundleError(
+                f"{self.path}: --sparsity is for activations that are never zero; of {self.manifest.activation} units "
+                "those that are zero are left out anyway, and --fidelity says how many more"
             )
 
     def _check_layer(self, index: int) -> None:

@@ -7,7 +7,7 @@ perplexity included, through the decode path without any row left over from earl
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from mlxflash.bound import make_bound
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, write_manifest
 from mlxflash.decode import reserved_cache
 from mlxflash.evaluate import LEAST_TOKENS, check_length, decode_losses, perplexity, prompt_losses
-from mlxflash.fidelity import save_cuts
+from mlxflash.fidelity import SPARSITIES, save_cuts
 from mlxflash.flash import FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
 from mlxflash.misses import SHARES, MissCurve, miss_curve
@@ -68,16 +68,27 @@ def calibrate(
     progress: Progress = lambda what, done, total: None,
     predictor: str = "low-bit",
     levels: bool = True,
+    left_out: Sequence[int] = (),
 ) -> Bundle:
-    """Measure a stored predictor on `tokens` (int [n]; None: text the model makes up itself) and record it; `bound` is
-    made first, of the model and the first half of the text.
+    """Measure a stored predictor on `tokens` (int [n]; None: text the model makes up itself) and record it; `bound` and
+    `sketch` are made first, of the model and the first half of the text. `left_out`: where no unit is ever zero, make a
+    sketch and measure what leaving out these percentages of the units costs.
 
     At most `num_tokens` are used, in sequences no longer than the model's positions. `levels` finds the levels of
     fidelity too, which takes some fifty passes over half of the text. Returns the bundle, reopened.
     Raises ValueError when the text is too short or an activation is not a number (names the layer).
     """
+    if left_out:
+        bundle.require_never_zero()
+        if wrong := [p for p in left_out if p not in SPARSITIES]:
+            raise ValueError(f"sparsity {wrong[0]}: a percentage of the units, 1 to 99")
+        predictor = "sketch"
     if predictor == "sketch":
         bundle.require_neurons()
+        if bundle.manifest.d_model % 32:
+            raise BundleError(
+                f"{bundle.path}: a width of {bundle.manifest.d_model} is not in groups of 32, which a sketch needs"
+            )
     else:
         bundle.require_sparse()
     if predictor not in ("bound", "sketch", *bundle.predictors()):
@@ -86,7 +97,8 @@ def calibrate(
         check_length(tokens)
     source = "text" if tokens is not None else "the model's own text"
     if predictor == "sketch":
-        return _draw(bundle, tokens, num_tokens, memory, device, progress, source)
+        percents = sorted(set(left_out))
+        return _draw(bundle, tokens, num_tokens, memory, device, progress, source, percents)
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
         sequences = sequences_of(model, tokens, num_tokens, progress)
         recorders = record_inputs(model)
@@ -167,6 +179,7 @@ def _draw(
     device: str | None,
     progress: Progress,
     source: str,
+    left_out: Sequence[int],
 ) -> Bundle:
     """Make and measure sketches: as calibrate."""
     backend, ffn = make_backend(device), FFN.of(bundle.manifest)
@@ -188,7 +201,9 @@ def _draw(
             answers = answer(backend, ffn, products)
             guesses.append(Guess.of_sketch(answers, len(products[0][1])))
             curves.append(miss_curve(answers(x) != 0))
-        cuts, found = find_levels(bundle, model, guesses, inputs, sequences, tuple(curves), progress=progress)
+        cuts, found = find_levels(
+            bundle, model, guesses, inputs, sequences, tuple(curves), left_out=left_out, progress=progress
+        )
     for index, products in enumerate(sketches):
         save_sketch(folder / f"{index:03d}.safetensors", ffn, products)
     save_cuts(bundle.path, "sketch", cuts)

@@ -19,6 +19,7 @@ from mlxflash.predictor import save_arrays
 LEVELS = {"high": 0.001, "balanced": 0.003, "fast": 0.01}  # perplexity change, at most
 FIDELITIES = ("exact", *LEVELS)
 DEFAULT = "high"
+SPARSITIES = range(1, 100)  # percent of the units that may be left out where none is ever zero
 Cuts = list[tuple[np.ndarray, np.ndarray]]  # per layer: base and threshold, float32 [units]
 
 
@@ -41,7 +42,8 @@ class Level:
     def describe(self) -> str:
         """For the footer of a run."""
         held = f", measured with {self.held:.0%} of the units held" if self.held else ""
-        return f"{self.name}{'' if self.met else ' not reached'}: {self.price()}{held}"
+        name = f"{self.name}% of the units left out" if self.name.isdecimal() else self.name
+        return f"{name}{'' if self.met else ' not reached'}: {self.price()}{held}"
 
     def price(self) -> str:
         """What it costs, in words; perplexity as the KL divergence says it, see `thinning`."""
@@ -61,6 +63,23 @@ def needs(bundle: Bundle, predictor: str, name: str) -> list[Level]:
     if not levels:
         raise BundleError(
             f"{bundle.path}: fidelity {name!r} of its {predictor} predictor was not measured; `mlxflash calibrate` does"
+        )
+    return levels
+
+
+def sparsity_levels(bundle: Bundle, percent: int) -> list[Level]:
+    """What leaving out `percent` of the units costs. Raises BundleError naming the remedy where nobody measured it."""
+    bundle.require_never_zero()
+    if percent not in SPARSITIES:
+        raise ValueError(f"sparsity {percent}: a percentage of the units, 1 to 99")
+    levels = levels_of(bundle, "sketch", str(percent))
+    if not levels:
+        there = bundle.manifest.calibration.get("fidelity", {}).get("sketch", {}).get("levels", {})
+        measured = {name for name in there if name.isdecimal()}
+        all_of_them = " ".join(sorted({*measured, str(percent)}, key=int))  # old ones are replaced
+        raise BundleError(
+            f"{bundle.path}: sparsity {percent} was not measured; "
+            f"`mlxflash calibrate {bundle.path} --text FILE --sparsity {all_of_them}` does"
         )
     return levels
 

@@ -22,7 +22,7 @@ from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
 from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer, Warming
-from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, levels_of, needs, read_cuts
+from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, levels_of, needs, read_cuts, sparsity_levels
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import (
@@ -71,6 +71,7 @@ def load_bundle(
     device: str | None = None,
     max_kv_size: int | None = None,
     fidelity: str | None = None,
+    sparsity: int | None = None,
     margin: float | None = None,
     check_reads: bool = False,
     direct: bool | None = None,
@@ -92,6 +93,8 @@ def load_bundle(
     max_kv_size: tokens of key-value cache to plan for. fidelity: "high" (default), "balanced" or "fast", how far the
     reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all",
     or "bound" where its forecast is the shorter one.
+    sparsity: where activations are never zero, the percentage of units, those that add least, that are left out, where
+    `calibrate --sparsity` measured it (lossy; None or 0: none).
     margin: instead of a level, flag every unit whose estimate exceeds minus this many of its standard errors (low-bit;
     log-odds for low-rank). check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
@@ -119,6 +122,8 @@ def load_bundle(
         raise ValueError(f"fidelity {fidelity!r} is unknown: {', '.join(FIDELITIES)} are there")
     if fidelity is not None and margin is not None:
         raise ValueError("fidelity and margin contradict each other: give one")
+    if sparsity and (predictor, fidelity, margin) != (None, None, None):
+        raise ValueError("sparsity is a choice of units by itself: give no predictor, fidelity or margin beside it")
     if fidelity == "exact" and predictor not in (None, "all", "bound"):
         raise ValueError(f"fidelity 'exact' and predictor {predictor!r} contradict each other")
     if predictor == "bound" and (margin is not None or fidelity not in (None, "exact")):
@@ -146,7 +151,9 @@ def load_bundle(
     if manifest.routed:
         predictor = "router"
     levels: list[Level] = []
-    if predictor in STORED and margin is None and fidelity != "exact":
+    if sparsity:
+        predictor, levels, free = "sketch", sparsity_levels(bundle, sparsity), False
+    elif predictor in STORED and margin is None and fidelity != "exact":
         levels = needs(bundle, str(predictor), fidelity) if fidelity else levels_of(bundle, str(predictor), DEFAULT)
     elif fidelity not in (None, "exact"):
         raise ValueError(f"fidelity {fidelity!r} needs a stored predictor ({', '.join(STORED)}), not {predictor!r}")

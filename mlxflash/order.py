@@ -31,6 +31,9 @@ BLOCK_BYTES = 64 << 20
 PER_UNIT = {  # arrays of a predictor's file that have a row per unit
     "low-bit": ("weight", "scales", "biases", "shift", "error"),
     "low-rank": ("outer.weight", "outer.scales", "outer.biases", "offset"),
+    "sketch": tuple(
+        f"{product}.{name}" for product in ("gate", "up") for name in ("weight", "scales", "biases", "offset")
+    ),
     "bound": ("copy.weight", "copy.scales", "copy.biases", "shift", "length", "size", "records"),
     "look-ahead": ("shift", "error"),  # of the next layer's
 }

@@ -18,7 +18,7 @@ for activation * |down row| * sensitivity^(1/2) in all layers, the multiplier. W
 is active, the multiplier is below zero: units are read that are probably not active, as with a margin.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -123,7 +123,8 @@ class Thin(nn.Module):
 
 
 class _Layer:
-    """What one layer's units are worth: `norm`, output per unit of activation; the predictor's estimate of what they
+    """What one layer's units are worth: `down`, output per unit of activation; `norm`, per unit of what the predictor
+    estimates; the predictor's estimate of what they
     add, `slope * (score - base) * norm`; and how much energy lies in the active units below any estimate."""
 
     def __init__(self, bundle: Bundle, index: int, x: np.ndarray, fitted: int, guess: Guess):
@@ -137,15 +138,16 @@ class _Layer:
             self.base, self.slope = _line(score[:fitted], products[:fitted])
         else:
             self.base, self.slope = guess.base, np.ones(len(guess.base), np.float32)
-        self.norm = np.linalg.norm(weights.down, axis=1).astype(np.float32) + np.float32(1e-6)
-        importance = np.abs(a) * self.norm
-        if (
-            weights.up is not weights.first and guess.answer is None
-        ):  # what multiplies the gate is not known before the read: its mean
+        self.down = np.linalg.norm(weights.down, axis=1).astype(np.float32) + np.float32(1e-6)
+        self.norm = self.down
+        importance = np.abs(a) * self.down
+        if weights.up is not weights.first and guess.answer is None:
+            # What multiplies the gate is not known before the read: its mean.
             gate = np.maximum(products, 1e-6)
             active = products > 0
             share = (np.abs(a) * active).sum(axis=0) / np.maximum((gate * active).sum(axis=0), 1e-6)
-            self.norm = self.norm * np.where(active.any(axis=0), share, share[active.any(axis=0)].mean())
+            share = np.where(active.any(axis=0), share, share[active.any(axis=0)].mean())
+            self.norm = np.maximum(self.norm * share, np.float32(1e-6))  # a unit may be dead
         there = importance[products > 0] if bundle.manifest.sparse else importance
         self.least = float(np.quantile(there, DROPPED)) if len(there) else 0.0
         self.dropped = float(np.square(importance * (importance < self.least))[:fitted].sum() / fitted)
@@ -153,6 +155,10 @@ class _Layer:
         self.edges = GRID * max(float(np.abs(estimated).max()), 1e-6)
         found = np.histogram(estimated, self.edges, weights=np.square(importance))[0] / len(x)
         self.left_out = np.concatenate(([0.0], np.cumsum(found)))
+
+    def scores(self, tokens: int) -> np.ndarray:
+        """The predictor's on the first tokens of the text, float32 [tokens, units]."""
+        return self.guess.score(self._x[:tokens])
 
     def flags(self, scale: float, multiplier: float) -> np.ndarray:
         """What the predictor flags on the text: bool [tokens, units]."""
@@ -180,13 +186,15 @@ def find_levels(
     sequences: list[np.ndarray],
     curves: tuple[MissCurve, ...],
     *,
+    left_out: Sequence[int] = (),
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Cuts, dict[str, Any]]:
     """Thresholds of every layer, and what the manifest says of them: the curve's points, and levels.
 
     model: the bundle's, exact; its FFNs are replaced. inputs: what the FFNs are given
     for all but the last token of each of `sequences`, float32 [tokens, d_model]; the first half of the sequences makes
-    thresholds, the others are reported on. curves: each layer's, by which memory is shared out.
+    thresholds, the others are reported on. curves: each layer's, by which memory is shared out. left_out: instead of a
+    level for each price, one for each of these percentages of all units, with nothing held.
     """
     count = bundle.num_layers
     half = max(1, len(sequences) // 2)
@@ -200,7 +208,7 @@ def find_levels(
 
     def least(index: int) -> Keep:
         layer = layers[index]
-        return lambda r, x, a: a * (np.abs(a) * layer.norm >= layer.least) if r == index + 1 else a
+        return lambda r, x, a: a * (np.abs(a) * layer.down >= layer.least) if r == index + 1 else a
 
     found = _measure(bundle, model, least, count, made, "sensitivity", progress)
     cost = np.maximum([p.kl for p in found], 1e-9) / np.maximum([layer.dropped for layer in layers], 1e-12)
@@ -212,6 +220,8 @@ def find_levels(
 
     def measured(asked: list[tuple[tuple[int, ...], float]]) -> list[Point]:
         """Points of what layers hold and multipliers."""
+        if guesses[0].answer is not None:  # activations' sizes are never below zero
+            asked = [(capacities, max(multiplier, 0.0)) for capacities, multiplier in asked]
 
         def predicted(index: int) -> Keep:
             base, threshold = cuts[index]
@@ -231,21 +241,37 @@ def find_levels(
     def of(capacities: tuple[int, ...]) -> list[Point]:
         return [p for p in points if p.held == sum(capacities) / sum(units)]
 
-    points = measured([(c, m) for c in held for m in _multipliers(layers, scale, cost)])
-    for _ in range(AIMED):
-        points += measured([(c, m) for c in held for m in _aimed(of(c))])
-    points.sort(key=lambda p: (p.held, p.multiplier))
-    levels: dict[str, list[dict[str, Any]]] = {name: [] for name in LEVELS}
-    for capacities, (name, change) in product(held, LEVELS.items()):
-        good = [p for p in of(capacities) if p.meets(change)]
-        best = good[-1] if good else min(of(capacities), key=lambda p: p.kl)
+    if left_out:
+        points = measured([((), m) for m in _leaving_out(layers, scale, fitted, left_out)])
+        chosen = [(str(percent), p, True) for percent, p in zip(left_out, points, strict=True)]
+    else:
+        points = measured([(c, m) for c in held for m in _multipliers(layers, scale, cost)])
+        for _ in range(AIMED):
+            points += measured([(c, m) for c in held for m in _aimed(of(c))])
+        points.sort(key=lambda p: (p.held, p.multiplier))
+        chosen = [(name, *_cheapest(of(c), change)) for c, (name, change) in product(held, LEVELS.items())]
+    levels: dict[str, list[dict[str, Any]]] = {}
+    for name, best, met in chosen:
         flags = [layer.flags(s, best.multiplier) for layer, s in zip(layers, scale.tolist(), strict=True)]
         misses = {"shares": SHARES, "layers": [miss_curve(f).misses for f in flags]}
         flagged = float(np.mean([f.mean() for f in flags]))
-        level = Level(name, met=bool(good), flagged=flagged, misses=misses, **asdict(best))
-        levels[name].append({k: v for k, v in asdict(level).items() if k != "name"})
+        level = Level(name, met=met, flagged=flagged, misses=misses, **asdict(best))
+        levels.setdefault(name, []).append({k: v for k, v in asdict(level).items() if k != "name"})
     tokens = sum(len(s) - 1 for s in reported)
     return cuts, {"tokens": tokens, "levels": levels, "points": [asdict(p) for p in points]}
+
+
+def _cheapest(points: list[Point], change: float) -> tuple[Point, bool]:
+    """Of points by multiplier the last that is within a change of perplexity, or the nearest; whether there is one."""
+    good = [p for p in points if p.meets(change)]
+    return good[-1] if good else min(points, key=lambda p: p.kl), bool(good)
+
+
+def _leaving_out(layers: list[_Layer], scale: np.ndarray, fitted: int, percents: Sequence[int]) -> list[float]:
+    """Multipliers at which so many of all units are left out of the first `fitted` tokens."""
+    grid = np.linspace(0, 1, 1001)
+    at = [np.quantile(layer.scores(fitted) / layer.threshold(s), grid) for layer, s in zip(layers, scale, strict=True)]
+    return [float(m) for m in np.quantile(at, np.array(percents) / 100)]
 
 
 def draw_sketches(

@@ -155,11 +155,12 @@ def _levels(bundle: Bundle, predictor: str) -> list[str]:
     for name, level in ((name, level) for name, measured in found["levels"].items() for level in measured):
         reached = "" if level["met"] else ", as near as the predictor comes"
         held, read = "", level["flagged"] * units
+        out = "% of the units left out" if name.isdecimal() else ""
         if level["held"]:
             held, misses = f" with {level['held']:.0%} of the units held", level["misses"]
             read = sum(float(np.interp(level["held"], misses["shares"], curve)) for curve in misses["layers"])
         lines.append(
-            f"{name}{held}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
+            f"{name}{out}{held}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
             f"{format_bytes(read * part.num_bytes)} per token{reached}"
         )
     return lines

@@ -46,6 +46,14 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
         default=True,
         help="find the levels of --fidelity too: some fifty passes over the tokens, hours for the largest models",
     )
+    p.add_argument(
+        "--sparsity",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="P",
+        help="SiLU, GELU: make and measure what `generate --sparsity P` needs, for each percentage",
+    )
     p.add_argument("--memory", default=None, help="as for generate, while it measures")
     p.add_argument("--device", default=None, help="as for generate")
     p.set_defaults(run=run_calibrate)
@@ -116,6 +124,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
     from mlxflash.routing import measure_routing
 
     _check_tokens(args)
+    if args.sparsity and (args.predictor not in ("low-bit", "sketch") or not args.levels):
+        raise ValueError("--sparsity makes a sketch and has no levels: leave out --predictor and --no-levels")
     bundle = open_bundle(args.bundle, "calibrate")
     tokens = None if args.text is None else read_text(args.text, bundle.path, args.tokens)
     settings = {"num_tokens": args.tokens, "memory": args.memory, "device": args.device}
@@ -123,9 +133,8 @@ def run_calibrate(args: argparse.Namespace) -> None:
         if bundle.manifest.layout == "experts":
             bundle = measure_routing(bundle, tokens, progress=progress, **settings)
         else:
-            bundle = calibrate(
-                bundle, tokens, progress=progress, predictor=args.predictor, levels=args.levels, **settings
-            )
+            how = {"predictor": args.predictor, "levels": args.levels, "left_out": args.sparsity}
+            bundle = calibrate(bundle, tokens, progress=progress, **how, **settings)
     print(describe(bundle))
 
 
