@@ -15,7 +15,7 @@ from mlxflash.calibrate import sequences_of
 from mlxflash.evaluate import check_length
 from mlxflash.misses import SHARES, miss_curve
 from mlxflash.model import load_bundle
-from mlxflash.models import family_of, ffn_layers, find, graft
+from mlxflash.models import family_of, find, graft
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,7 +58,7 @@ def measure_routing(
         sequences = sequences_of(model, tokens, num_tokens, progress)
         family, *_ = family_of(bundle.config(), str(bundle.path))
         listeners = []
-        for owner, layer in zip(ffn_layers(model, family), bundle.manifest.layers, strict=True):
+        for owner, layer in zip(model.flash.owners, bundle.manifest.layers, strict=True):
             listeners.append(_Listener(find(owner, family.ffn), layer.units))
             graft(owner, family.ffn, listeners[-1])
         for i, sequence in enumerate(sequences):
