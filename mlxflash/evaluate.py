@@ -149,8 +149,6 @@ class Dense:
         progress: Progress = lambda what, done, total: None,
     ):
         check_length(tokens)
-        if bundle.manifest.layout == "experts":
-            raise ValueError(f"{bundle.path}: a mixture is computed exactly; there is no loss of fidelity to measure")
         self.bundle, self.memory, self.device, self.progress = bundle, memory, device, progress
         tokens = tokens[: num_tokens + 1]
         length = min(context, max_positions(bundle.config()) - 1)
@@ -229,6 +227,12 @@ def spread(values: np.ndarray) -> float:
     return float(blocks.std(ddof=1) / np.sqrt(len(blocks))) if len(blocks) > 1 else float("inf")
 
 
+def check_measurable(bundle: Bundle) -> None:
+    """Raises ValueError where there is nothing to measure."""
+    if bundle.manifest.layout == "experts":
+        raise ValueError(f"{bundle.path}: a mixture is computed exactly; there is no loss of fidelity to measure")
+
+
 def evaluate(dense: Dense, orders: bool = False, **settings: Any) -> Report:
     """Decode the text at one setting: load_bundle's `predictor`, `fidelity`, `window`, ...; `orders` compares victim
     orders too.
@@ -237,6 +241,7 @@ def evaluate(dense: Dense, orders: bool = False, **settings: Any) -> Report:
     ValueError as load_bundle does, and when an FFN is given NaN or infinity (names the layer).
     """
     bundle = dense.bundle
+    check_measurable(bundle)
     with _load(bundle, dense, look_ahead=False, **settings) as model:
         flash = model.flash
         watches = _watch(model, bundle, dense.folder)

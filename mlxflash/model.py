@@ -286,7 +286,7 @@ def load_bundle(
             cold = read_cuts(bundle, name, needs(bundle, name, level.name)[-1].multiplier)
             for layer, (base, least) in zip(flash.layers, cold, strict=True):
                 warm, until = layer.predictor, int(counts_on * layer.rows.capacity)
-                assert isinstance(warm, Projection)
+                assert isinstance(warm, Projection | Sketch)
                 layer.predictor = Warming(warm.above(base + least), warm, layer.window, until)
     except BaseException as error:
         flash.close()

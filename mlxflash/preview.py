@@ -102,10 +102,11 @@ def _misses(known: Known, plan: Plan) -> tuple[float, ...]:
 
 @cache
 def _story() -> tuple[MissCurve, float]:
-    """How much a layer of the embedded model misses by how much it holds, at its default level, and the share of its
-    units that is active: means over its layers."""
+    """How much a layer of the embedded model misses by how much it holds, at its default level as measured with nothing
+    held, and the share of its units that is active: means over its layers."""
     manifest = json.loads((STORY / "manifest.json").read_text())
-    said = manifest["calibration"]["fidelity"]["low-bit"]["levels"]["high"]["misses"]
+    measured = manifest["calibration"]["fidelity"]["low-bit"]["levels"]["high"]
+    said = min(measured, key=lambda level: level["held"])["misses"]
     mean = tuple(sum(column) / len(column) for column in zip(*said["layers"], strict=True))
     units = sum(layer["units"] for layer in manifest["layers"]) // len(manifest["layers"])
     return MissCurve(units, tuple(said["shares"]), mean), manifest["calibration"]["low-bit"]["active"]

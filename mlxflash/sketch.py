@@ -50,8 +50,34 @@ class Sketch:
         def ids() -> np.ndarray:
             values = [answer() + bias for answer, (_, bias) in zip(asked, self._products, strict=True)]
             self.hidden = activations(self._ffn, values[0], values[-1])
-            size = np.abs(self.hidden)
-            return np.flatnonzero((size[0] if len(size) == 1 else size.max(axis=0)) > self._cut)
+            return self.units_above(self._cut)
+
+        return ids
+
+    def units_above(self, cut: np.ndarray) -> np.ndarray:
+        """Ids of the units of which some token's activation in `hidden` is above `cut`, [units], in size."""
+        size = np.abs(self.hidden)
+        return np.flatnonzero((size[0] if len(size) == 1 else size.max(axis=0)) > cut)
+
+    def above(self, cut: np.ndarray) -> "Above":
+        """The same with another cut."""
+        return Above(self, cut)
+
+
+class Above:
+    """A sketch that names units by another cut."""
+
+    def __init__(self, sketch: Sketch, cut: np.ndarray):
+        self._sketch, self._cut = sketch, cut
+        self.nbytes = cut.nbytes
+
+    def start(self, x: mx.array) -> Ids:
+        """As the sketch's."""
+        fill = self._sketch.start(x)
+
+        def ids() -> np.ndarray:
+            fill()
+            return self._sketch.units_above(self._cut)
 
         return ids
 

@@ -227,7 +227,7 @@ def test_the_law_notices(made, backend):
                 rows.settle()
                 rows.move(np.array([2]), np.array([3]))
             else:
-                rows.ffn = lambda x, n, ffn=ffn, keep=keep: ffn(x, n, keep)
+                rows.ffn = lambda x, n, *_, ffn=ffn, keep=keep: ffn(x, n, keep)
             with pytest.raises(AssertionError):
                 assert_same(decode(model, tokens)[0], dense_logits(source, tokens))
 

@@ -172,7 +172,7 @@ def test_it_moves_with_its_units(measured, tmp_path):
 
 def test_exact_takes_the_shorter_forecast_and_says_so(measured, monkeypatch):
     def mode(overhead, **settings):
-        monkeypatch.setattr(models, "disk_profile", lambda files: disk_like(overhead=overhead))
+        monkeypatch.setattr(models, "disk_profile", lambda files: disk_like(overhead, rate=1e7, latency=1e-5))
         with pytest.raises(BudgetError) as small:
             load_bundle(measured(), memory=1, max_kv_size=64, predictor="bound")
         memory = small.value.smallest + 60_000

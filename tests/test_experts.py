@@ -585,3 +585,6 @@ def test_calibrate_and_info_tell_of_a_router(zoo, tmp_path, capsys):
     assert (
         "experts missed per token and layer, half held (64 tokens of the model's own text)" in capsys.readouterr().out
     )
+    with pytest.raises(SystemExit):
+        main(["eval", str(path), "--text", "unread"])
+    assert "a mixture is computed exactly" in capsys.readouterr().err

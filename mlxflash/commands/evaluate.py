@@ -37,7 +37,7 @@ def add(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mlxflash.evaluate import LEAST_TOKENS, Dense, evaluate
+    from mlxflash.evaluate import LEAST_TOKENS, Dense, check_measurable, evaluate
 
     if args.tokens < LEAST_TOKENS:
         raise ValueError(f"--tokens {args.tokens}: at least {LEAST_TOKENS}")
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
         check_plot(args.plot)
     bundle = open_bundle(args.bundle)
+    check_measurable(bundle)
     tokens = read_text(args.text, bundle.path, args.tokens + 1)
     reports: list[Report] = []
     with (

@@ -160,8 +160,8 @@ def _levels(bundle: Bundle, predictor: str) -> list[str]:
             held, misses = f" with {level['held']:.0%} of the units held", level["misses"]
             read = sum(float(np.interp(level["held"], misses["shares"], curve)) for curve in misses["layers"])
         lines.append(
-            f"{name}{out}{held}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
-            f"{format_bytes(read * part.num_bytes)} per token{reached}"
+            f"{name}{out}{held}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, "
+            f"at most {format_bytes(read * part.num_bytes)} per token{reached}"
         )
     return lines
 
