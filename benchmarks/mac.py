@@ -40,10 +40,11 @@ from steps import Step, attempt, ending, extra_bytes, median_s, one_step
 
 from mlxflash._native import core
 from mlxflash.backends import FFN
-from mlxflash.backends.metal import DTYPES, PAGE, MLXBackend, shared_array, views_alias
+from mlxflash.backends.metal import PAGE, MLXBackend, shared_array, views_alias
 from mlxflash.bundle import HEADER_BYTES, Bundle
 from mlxflash.pool import Source, Staging, host_memory
 from mlxflash.reader import File, make_reader
+from mlxflash.resident import MLX
 
 DEADLINE_S = 420  # for all steps; setting up the virtual environment comes on top
 MEMORY = "65%"  # of OPT-1.3B's shape, two fifths of which are resident: with less a token's units do not fit
@@ -62,7 +63,7 @@ BATCH_BYTES = 16 << 20
 
 def pools(s: Step) -> None:
     for name, (word, one) in ONES.items():
-        array, view = shared_array((64, 256), DTYPES[name])
+        array, view = shared_array((64, 256), MLX[name])
         host = np.frombuffer(view, word)
         s.must(f"{name}_page", host.ctypes.data % PAGE == 0, f"{name} pools begin on a page of {PAGE} bytes")
         s.must(f"{name}_alias", address(array) == host.ctypes.data, f"{name} pools alias their host view")
