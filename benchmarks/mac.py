@@ -158,7 +158,7 @@ def landing(s: Step) -> None:
 
     s.note("direct", file.direct, f"reads around the page cache granted: {file.direct}")
     for key, record_rows in (("records", True), ("parts", False)):
-        rows = MLXBackend(s.device, record_rows=record_rows).rows(ffn, n, Staging())
+        rows = MLXBackend(s.device, record_rows=record_rows).rows(ffn, n, Staging(2 << 20, ffn.record))
         rows.land(reader, source, first, slots).wait()
         y = rows.ffn(mx.array(x), n)[0]
         s.must(f"{key}_ffn", close_to(y, first), f"{key}: the FFN of rows read in place is NumPy's")

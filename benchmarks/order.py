@@ -58,7 +58,7 @@ def run(args, train, valid, record, path):  # type: ignore[no-untyped-def]
     file, reader = File(path, direct=True), make_reader(direct=True)
     slots = np.random.default_rng(1).permutation(most)  # where rows leave is nowhere in particular
     ways = ("identity", "ours")
-    pool = RecordRows(record, host_memory(most * record.stride), Staging(0))
+    pool = RecordRows(record, host_memory(most * record.stride), Staging(0, record))
     seconds = dict.fromkeys(ways, 0.0)
     for token in range(args.tokens):
         for layer in range(len(missed)):

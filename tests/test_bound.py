@@ -37,13 +37,13 @@ def measured(library, tmp_path_factory):
     """A stored dtype to a bundle with a bound, made once; not to be changed."""
     made = {}
 
-    def get(stored="f32"):
-        if stored not in made:
+    def get(stored="f32", shape=Shape()):  # noqa: B008
+        if (stored, shape) not in made:
             path = tmp_path_factory.mktemp("bound") / f"{stored}.flash"
-            shutil.copytree(bundle_of(library, stored), path)
+            shutil.copytree(bundle_of(library, stored, shape), path)
             calibrate(Bundle.open(path), TEXT, predictor="bound")
-            made[stored] = path
-        return made[stored]
+            made[stored, shape] = path
+        return made[stored, shape]
 
     return get
 
@@ -174,10 +174,10 @@ def test_exact_takes_the_shorter_forecast_and_says_so(measured, monkeypatch):
     def mode(overhead, **settings):
         monkeypatch.setattr(models, "disk_profile", lambda files: disk_like(overhead, rate=1e7, latency=1e-5))
         with pytest.raises(BudgetError) as small:
-            load_bundle(measured(), memory=1, max_kv_size=64, predictor="bound")
+            load_bundle(measured("f32", WIDE), memory=1, max_kv_size=64, predictor="bound")
         memory = small.value.smallest + 60_000
         settings = {"memory": memory, "max_kv_size": 64, "fidelity": "exact"} | settings
-        with load_bundle(measured(), direct=True, **settings) as model:
+        with load_bundle(measured("f32", WIDE), direct=True, **settings) as model:
             return model.flash.mode, model.flash.describe()
 
     assert mode(1e-7)[0] == "exact (bound)"

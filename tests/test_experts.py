@@ -22,7 +22,7 @@ from mlxflash.converters import convert  # noqa: E402
 from mlxflash.converters.checkpoint import CheckpointError  # noqa: E402
 
 from mlxflash.bundle import Bundle, BundleError  # noqa: E402
-from mlxflash.evaluate import Dense  # noqa: E402
+from mlxflash.evaluate import Dense, evaluate  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
 from mlxflash.models import FAMILIES, kv_values_per_token, state_values  # noqa: E402
 from mlxflash.plan import BudgetError  # noqa: E402
@@ -413,8 +413,8 @@ def test_predictors_are_refused(zoo, predictor):
 
 def test_fidelity_is_not_measured(zoo):
     _, target = zoo("mixtral")
-    with pytest.raises(ValueError, match="computed exactly"):
-        Dense(Bundle.open(target), np.arange(100))
+    with Dense(Bundle.open(target), np.arange(100)) as dense, pytest.raises(ValueError, match="computed exactly"):
+        evaluate(dense)
 
 
 @pytest.mark.parametrize("kind", ["nemotron_h", "deepseek_v3", "mixtral"])
