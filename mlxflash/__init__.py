@@ -5,6 +5,7 @@ Modules import only from those below themselves:
     cli, api                     commands; load()
     hub, train, plot             names to bundles; training a predictor; pictures of a fidelity report
     calibrate, thinning          measuring a predictor; finding levels of fidelity
+    sparsity                     leaving units out where none is ever zero
     converters, evaluate         checkpoints to bundles; what a model says of text
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model

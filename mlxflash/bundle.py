@@ -203,7 +203,17 @@ class Bundle:
         if not self.manifest.sparse:
             raise BundleError(
                 f"{self.path}: {self.manifest.activation} units are never zero, so none can be left out; "
-                "it runs exactly, by streaming (--exact)"
+                "it runs exactly, by streaming (--exact), or lossily, with --sparsity"
+            )
+
+    def require_never_zero(self) -> None:
+        """Raises BundleError where `--sparsity` is not what leaves units out."""
+        if self.manifest.layout == "experts":
+            raise BundleError(f"{self.path}: a mixture's own router says which experts a token needs; no --sparsity")
+        if self.manifest.sparse:
+            raise BundleError(
+                f"{self.path}: --sparsity is for activations that are never zero; of {self.manifest.activation} units "
+                "those that are zero are left out anyway, and --fidelity says how many more"
             )
 
     def _check_layer(self, index: int) -> None:

@@ -23,7 +23,7 @@ from mlxflash.lookahead import AHEAD_MARGIN, Fit, save_look_ahead
 from mlxflash.misses import SHARES, miss_curve
 from mlxflash.model import load_bundle
 from mlxflash.models import max_positions
-from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, read_low_rank, save_low_bit
+from mlxflash.predictor import MARGIN, Projection, deciding_matrix, read_low_bit, read_low_rank, save_low_bit
 from mlxflash.resident import one_part
 from mlxflash.thinning import find_levels
 from mlxflash.ways import STORED
@@ -142,42 +142,47 @@ def calibrate(
     result["fidelity"] = {name: said for name, said in fidelity.items() if name != predictor}  # errors were set anew
     if levels:
         with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
-            parts = _comparable(bundle, predictor)
-            cuts, found = find_levels(
-                bundle, model, parts, inputs, sequences, held=held, device=device, progress=progress
-            )
+            parts = _comparable(bundle, predictor, device)
+            cuts, found = find_levels(bundle, model, parts, inputs, sequences, held=held, progress=progress)
         save_cuts(bundle.path, predictor, cuts)
         result["fidelity"][predictor] = found | {"text": source}
     write_manifest(bundle.path, replace(bundle.manifest, calibration=bundle.manifest.calibration | result))
     return Bundle.open(bundle.path)
 
 
-def _comparable(bundle: Bundle, predictor: str) -> list[tuple[tuple[Matrix, ...], np.ndarray | None]]:
+def _comparable(bundle: Bundle, predictor: str, device: str | None) -> list[tuple[Projection, np.ndarray | None]]:
     """Each layer's predictor as find_levels takes it."""
-    ffn, out = FFN.of(bundle.manifest), list[tuple[tuple[Matrix, ...], np.ndarray | None]]()
+    backend, ffn, out = make_backend(device), FFN.of(bundle.manifest), list[tuple[Projection, np.ndarray | None]]()
     for index, (file, layer) in enumerate(zip(bundle.predictor_files(predictor), bundle.manifest.layers, strict=True)):
         if predictor == "low-rank":
-            inner, outer, _ = read_low_rank(file, ffn, layer)
-            out.append(((inner, outer), None))
+            inner, outer, offset = read_low_rank(file, ffn, layer)
+            out.append((Projection(backend, (inner, outer), offset), None))
         else:
             matrix, shift, _ = read_low_bit(file, ffn, layer)
             bias = one_part(bundle, index, f"{ffn.first}_bias", layer.units)
-            out.append(((matrix,), shift - ffn.offset(bias, layer.units)))
+            offset = ffn.offset(bias, layer.units) - shift
+            out.append((Projection(backend, (matrix,), offset), -offset))
     return out
 
 
-def exact_inputs(
-    bundle: Bundle, tokens: np.ndarray, memory: str | int | None, device: str | None, progress: Progress
-) -> list[np.ndarray]:
-    """What each layer's FFN is given on a text, float32 [tokens, d_model], by one exact pass."""
+def recorded(
+    bundle: Bundle,
+    tokens: np.ndarray | None,
+    num_tokens: int,
+    memory: str | int | None,
+    device: str | None,
+    progress: Progress,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Sequences of a text, or of the model's own, as `calibrate` takes them, and what each layer's FFN is given on
+    them, float32 [tokens, d_model], by one exact pass."""
     with load_bundle(bundle.path, memory=memory, predictor="all", device=device, bundle=bundle) as model:
-        sequences = _sequences(model, tokens, len(tokens), progress)
+        sequences = _sequences(model, tokens, num_tokens, progress)
         recorders = record_inputs(model)
         for i, sequence in enumerate(sequences):
             progress("exact pass", i, len(sequences))
-            mx.eval(model(mx.array(sequence[None])))
+            mx.eval(model(mx.array(sequence[None, :-1])))
         progress("exact pass", len(sequences), len(sequences))
-        return [recorder.inputs() for recorder in recorders]
+        return sequences, [recorder.inputs() for recorder in recorders]
 
 
 def _sequences(model: FlashModel, tokens: np.ndarray | None, num_tokens: int, progress: Progress) -> list[np.ndarray]:

@@ -338,6 +338,8 @@ class _Watch(nn.Module):
         (exact, _, bias), backend, units = deciding(bundle, index), make_backend(device), self._layer.units
         active = [backend.project(mx.array(x[i : i + CHUNK]), exact)() + bias > 0 for i in range(0, len(x), CHUNK)]
         truth = np.concatenate(active)
+        if not bundle.manifest.sparse:  # no unit is ever zero
+            truth[:] = True
         flags = np.ones_like(truth)
         if self._flagged:
             flags = np.unpackbits(np.stack(self._flagged), axis=1, count=units).astype(bool)

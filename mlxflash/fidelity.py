@@ -19,6 +19,7 @@ from mlxflash.predictor import save_arrays
 LEVELS = {"high": 0.001, "balanced": 0.003, "fast": 0.01}  # perplexity change, at most
 FIDELITIES = ("exact", *LEVELS)
 DEFAULT = "high"
+SPARSITIES = range(1, 100)  # percent of the units that may be left out where none is ever zero
 Cuts = list[tuple[np.ndarray, np.ndarray]]  # per layer: base and threshold, float32 [units]
 
 
@@ -39,7 +40,8 @@ class Level:
 
     def describe(self) -> str:
         """For the footer of a run."""
-        return f"{self.name}{'' if self.met else ' not reached'}: {self.price()}"
+        name = f"{self.name}% of the units left out" if self.name.isdecimal() else self.name
+        return f"{name}{'' if self.met else ' not reached'}: {self.price()}"
 
     def price(self) -> str:
         """What it costs, in words; perplexity as the KL divergence says it, see `thinning`."""
@@ -58,6 +60,21 @@ def needs(bundle: Bundle, predictor: str, name: str) -> Level:
     if level is None:
         raise BundleError(
             f"{bundle.path}: fidelity {name!r} of its {predictor} predictor was not measured; `mlxflash calibrate` does"
+        )
+    return level
+
+
+def sparsity_level(bundle: Bundle, percent: int) -> Level:
+    """What leaving out `percent` of the units costs. Raises BundleError naming the remedy where nobody measured it."""
+    bundle.require_never_zero()
+    if percent not in SPARSITIES:
+        raise ValueError(f"sparsity {percent}: a percentage of the units, 1 to 99")
+    level = level_of(bundle, "sparsity", str(percent))
+    if level is None:
+        there = ", ".join(bundle.manifest.calibration.get("fidelity", {}).get("sparsity", {}).get("levels", {}))
+        raise BundleError(
+            f"{bundle.path}: a sparsity of {percent} was not measured ({there or 'none'} was); "
+            f"`mlxflash calibrate {bundle.path} --text FILE --sparsity {percent}` does"
         )
     return level
 

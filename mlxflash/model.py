@@ -21,7 +21,7 @@ from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError
 from mlxflash.diskprofile import disk_profile
 from mlxflash.experts import FlashExperts
 from mlxflash.ffn import Blocks, FlashFFN, FlashLayer
-from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, level_of, needs, read_cuts
+from mlxflash.fidelity import DEFAULT, FIDELITIES, Cuts, Level, level_of, needs, read_cuts, sparsity_level
 from mlxflash.flash import Flash, FlashModel
 from mlxflash.lookahead import AHEAD_MARGIN, LookAhead, read_look_ahead
 from mlxflash.models import (
@@ -45,7 +45,15 @@ from mlxflash.plan import (
     parse_memory,
 )
 from mlxflash.pool import Source
-from mlxflash.predictor import MARGIN, Predictor, Projection, deciding_matrix, load_low_bit, load_low_rank
+from mlxflash.predictor import (
+    MARGIN,
+    Predictor,
+    Projection,
+    deciding_matrix,
+    load_low_bit,
+    load_low_rank,
+    load_magnitude,
+)
 from mlxflash.reader import CheckedReader, File, Reader, make_reader
 from mlxflash.resident import MLX, WORDS, Tensor, ffn_parts, tensors
 from mlxflash.ways import STORED, Way, faster, forecast_of, sizes_of
@@ -66,6 +74,7 @@ def load_bundle(
     device: str | None = None,
     max_kv_size: int | None = None,
     fidelity: str | None = None,
+    sparsity: int | None = None,
     margin: float | None = None,
     check_reads: bool = False,
     direct: bool | None = None,
@@ -84,6 +93,8 @@ def load_bundle(
     is wanted).
     max_kv_size: tokens of key-value cache to plan for. fidelity: "high" (default), "balanced" or "fast", how far the
     reading of active units is thinned out, where `calibrate` measured it for the predictor; "exact" is predictor "all".
+    sparsity: where activations are never zero, the percentage of units, those that add least, that are left out, where
+    `calibrate --sparsity` measured it (lossy; None or 0: none).
     margin: instead of a level, flag every unit whose estimate exceeds minus this many of its standard errors (low-bit;
     log-odds for low-rank). check_reads: compare every record read with its checksum.
     look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
@@ -111,6 +122,8 @@ def load_bundle(
         raise ValueError(f"fidelity {fidelity!r} is unknown: {', '.join(FIDELITIES)} are there")
     if fidelity is not None and margin is not None:
         raise ValueError("fidelity and margin contradict each other: give one")
+    if sparsity and (predictor, fidelity, margin) != (None, None, None):
+        raise ValueError("sparsity is a choice of units by itself: give no predictor, fidelity or margin beside it")
     if fidelity == "exact" and predictor not in (None, "all"):
         raise ValueError(f"fidelity 'exact' and predictor {predictor!r} contradict each other")
     predictor = "all" if fidelity == "exact" else predictor
@@ -133,7 +146,9 @@ def load_bundle(
     if mixture:
         predictor = "router"
     level = None
-    if predictor in STORED and margin is None:
+    if sparsity:
+        predictor, level = "sparsity", sparsity_level(bundle, sparsity)
+    elif predictor in STORED and margin is None:
         level = needs(bundle, str(predictor), fidelity) if fidelity else level_of(bundle, str(predictor), DEFAULT)
     elif fidelity not in (None, "exact"):
         raise ValueError(f"fidelity {fidelity!r} needs a stored predictor ({', '.join(STORED)}), not {predictor!r}")
@@ -144,7 +159,7 @@ def load_bundle(
     found = tensors(bundle)
     if direct is None:
         direct = bundle.streamed_bytes() > AUTO_SHARE * available_memory()
-    if look_ahead and predictor == "low-rank":
+    if look_ahead and predictor in ("low-rank", "sparsity"):
         raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
 
     def way(predictor: str, level: Level | None) -> Way:
@@ -275,7 +290,9 @@ def _predictor(
                 f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; convert again"
             )
         margin = MARGIN if margin is None else margin
-        if name == "low-rank":
+        if name == "sparsity":
+            made = load_magnitude(bundle, index, backend)
+        elif name == "low-rank":
             made = load_low_rank(files[index], backend, ffn, layer, margin)
         else:
             made = load_low_bit(files[index], backend, ffn, layer, bias, margin)

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxflash.backends import FFN, make_backend
 from mlxflash.bundle import HEADER_BYTES, Bundle, BundleError, LayerWriter, trailer_offset, write_manifest
-from mlxflash.calibrate import exact_inputs
+from mlxflash.calibrate import recorded
 from mlxflash.evaluate import check_length
 from mlxflash.fidelity import read_cuts, save_cuts
 from mlxflash.misses import missed_units
@@ -64,7 +64,7 @@ def reorder(
     if "low-bit" not in bundle.predictors():
         raise BundleError(f"{bundle.path}: has no low-bit predictor to say which units are read; convert again")
     check_length(tokens)
-    inputs = exact_inputs(bundle, tokens, memory, device, progress)
+    _, inputs = recorded(bundle, tokens, len(tokens), memory, device, progress)
     orders, counts = [], np.zeros(2)
     for index, x in enumerate(inputs):
         progress("order", index, len(inputs))

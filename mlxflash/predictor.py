@@ -3,11 +3,12 @@
 A false negative is a small error, a false positive is a read. `all` is no predictor: every unit is needed, and the
 FFN streams. `oracle` knows the truly active units from full weights (a law and a bound, not a way to save memory).
 `low-bit` estimates the deciding product from a copy of its matrix in a few bits; training-free. `low-rank` is the
-paper's: two small matrices that `train` made.
+paper's: two small matrices that `train` made. `sparsity` estimates how large activations are that are never zero.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -40,10 +41,13 @@ class Projection:
 
     Source of a margin in units of the estimate's own error: after PowerInfer's and SparseInfer's (arXiv 2411.12692)
     conservative thresholds; here it is `margin` times each neuron's calibrated root-mean-square error.
+    `of` says what of the product [tokens, rows] is the estimate [tokens, units] (None: the product itself).
     """
 
-    def __init__(self, backend: Backend, weights: tuple[Matrix, ...], offset: np.ndarray):
-        self._backend, self._weights, self._offset = backend, weights, offset
+    def __init__(
+        self, backend: Backend, weights: tuple[Matrix, ...], offset: np.ndarray, of: "Magnitude | None" = None
+    ):
+        self._backend, self._weights, self._offset, self._of = backend, weights, offset, of
         self.nbytes = sum(w.nbytes for w in weights) + offset.nbytes
 
     def at(self, offset: np.ndarray) -> "Projection":
@@ -54,16 +58,41 @@ class Projection:
 
     def above(self, least: np.ndarray) -> "Projection":
         """The same that flags estimates above `least`, [units], whatever the offset was."""
-        return Projection(self._backend, self._weights, -least)
+        return Projection(self._backend, self._weights, -least, self._of)
+
+    def estimates(self, x: mx.array) -> Callable[[], np.ndarray]:
+        """Without the offset, float32 [tokens, units], of x [tokens, d_model]; the device may compute until asked."""
+        product, of = self._backend.project(x, *self._weights), self._of
+        return product if of is None else lambda: of(product())
 
     def start(self, x: mx.array) -> Ids:
-        product = self._backend.project(x, *self._weights)
+        estimates = self.estimates(x)
 
         def ids() -> np.ndarray:
-            estimate = product()
+            estimate = estimates()
             return np.flatnonzero((estimate[0] if len(estimate) == 1 else estimate.max(axis=0)) > -self._offset)
 
         return ids
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """How large activations are that are never zero, |act(gate) up| or |act(up)|, float32 [tokens, units], of products
+    with a copy of the deciding matrix and, below it, of a gated layer's `up`; `bias` [rows] is added first.
+
+    After CATS (arXiv 2404.08763), which compares |SiLU(gate)| of the true gate.
+    """
+
+    activation: str
+    bias: np.ndarray
+    units: int
+
+    def __call__(self, products: np.ndarray) -> np.ndarray:
+        p = products + self.bias
+        first, up = p[:, : self.units], p[:, self.units :]
+        inner = first / 2 if self.activation == "silu" else 0.7978846 * (first + 0.044715 * first**3)  # of GELU
+        size = np.abs(first / 2 * (1 + np.tanh(inner)))  # a sigmoid is a tanh
+        return size * np.abs(up) if up.shape[1] else size
 
 
 def low_bit_matrix(weight: mx.array, bits: int = LOW_BITS) -> Matrix:
@@ -164,6 +193,32 @@ def load_low_rank(file: Path, backend: Backend, ffn: FFN, layer: Layer, margin: 
     """The trained predictor of one layer; `margin` is in log-odds: one more flags what is e times less likely."""
     inner, outer, offset = read_low_rank(file, ffn, layer)
     return Projection(backend, (inner, outer), (offset + margin).astype(np.float32))
+
+
+def save_copy(file: Path, copy: Matrix) -> None:
+    """One layer's low-bit copy of the deciding matrix and, below it, of a gated layer's `up`."""
+    arrays = {"copy.weight": copy.weight, "copy.scales": copy.scales, "copy.biases": copy.biases}
+    save_arrays(file, arrays, {"copy.bits": str(copy.bits), "copy.group_size": str(copy.group_size)})
+
+
+def load_magnitude(bundle: Bundle, index: int, backend: Backend) -> Projection:
+    """What save_copy wrote, as a predictor that flags all that is above zero.
+
+    Raises BundleError when the file is damaged or another model's.
+    """
+    ffn, layer = FFN.of(bundle.manifest), bundle.manifest.layers[index]
+    names, file = dict.fromkeys((ffn.first, "up")), bundle.predictor_files("sparsity")[index]
+    bias = np.concatenate([one_part(bundle, index, f"{name}_bias", layer.units) for name in names])
+    try:
+        arrays, meta = cast(tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True))
+        copy = _read_matrix(arrays, meta, "copy")
+    except (RuntimeError, KeyError, ValueError, TypeError) as problem:
+        raise BundleError(f"{file}: not a copy for --sparsity ({problem}); calibrate again") from None
+    if not _has_shape(copy, len(bias), ffn.d_model):
+        raise BundleError(f"{file}: made for another model, {copy.weight.shape[0]} rows; calibrate again")
+    mx.eval(copy.weight, copy.scales, copy.biases)
+    magnitude = Magnitude(ffn.activation, bias, layer.units)
+    return Projection(backend, (copy,), np.zeros(layer.units, np.float32), magnitude)
 
 
 def read_low_rank(file: Path, ffn: FFN, layer: Layer) -> tuple[Matrix, Matrix, np.ndarray]:

@@ -17,7 +17,7 @@ for activation * |down row| * sensitivity^(1/2) in all layers, the multiplier. W
 is active, the multiplier is below zero: units are read that are probably not active, as with a margin.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxflash.backends import FFN, Backend, Matrix, make_backend
+from mlxflash.backends import FFN
 from mlxflash.backends.metal import ACTIVATIONS
 from mlxflash.bundle import HEADER_BYTES, Bundle
 from mlxflash.evaluate import Progress, spread
@@ -34,7 +34,7 @@ from mlxflash.fidelity import LEVELS, Cuts, Level
 from mlxflash.flash import FlashModel
 from mlxflash.misses import SHARES, computed, miss_curve, simulated
 from mlxflash.models import family_of
-from mlxflash.predictor import floats, part_matrix
+from mlxflash.predictor import Projection, floats, part_matrix
 from mlxflash.resident import one_part
 
 DROPPED = 0.3  # of the active units, the least important, left out to measure a layer's sensitivity
@@ -109,7 +109,7 @@ class Thin(nn.Module):
 
 
 class _Layer:
-    """What one layer's units are worth: `norm`, output per unit of activation; the predictor's estimate of what they
+    """What one layer's units are worth: `down`, output per unit of activation; the predictor's estimate of what they
     add, `slope * (score - base) * norm`; and how much energy lies in the active units below any estimate."""
 
     def __init__(
@@ -118,28 +118,29 @@ class _Layer:
         index: int,
         x: np.ndarray,
         fitted: int,
-        matrix: tuple[Matrix, ...],
+        predictor: Projection,
         base: Any,
-        backend: Backend,
     ):
         """x [tokens, d_model], of which the first `fitted` are for thresholds. base: [units], or None to fit it and the
         slope to the products, for scores that are no estimates of them."""
         weights = Weights(bundle, index)
         products, a = weights.activations(x)
-        self._x, self._matrix, self._backend = x, matrix, backend
+        self._x, self._predictor = x, predictor
         score = self.scores()
         if base is None:
             self.base, self.slope = _line(score[:fitted], products[:fitted])
         else:
             self.base, self.slope = base, np.ones(len(base), np.float32)
-        self.norm = np.linalg.norm(weights.down, axis=1).astype(np.float32) + np.float32(1e-6)
-        importance = np.abs(a) * self.norm
-        if weights.up is not weights.first:  # what multiplies the gate is not known before the read: its mean
-            gate = np.maximum(products, 1e-6)
-            active = products > 0
-            share = (np.abs(a) * active).sum(axis=0) / np.maximum((gate * active).sum(axis=0), 1e-6)
+        self.down = np.linalg.norm(weights.down, axis=1).astype(np.float32) + np.float32(1e-6)
+        self.norm = self.down
+        importance = np.abs(a) * self.down
+        never_zero = not bundle.manifest.sparse  # every unit counts then, and the estimate is of |a|
+        active = np.full(a.shape, True) if never_zero else products > 0
+        if never_zero or weights.up is not weights.first:  # what multiplies a gate is not known before the read: a mean
+            known = score if never_zero else np.maximum(products, 1e-6)
+            share = (np.abs(a) * active).sum(axis=0) / np.maximum((known * active).sum(axis=0), 1e-6)
             self.norm = self.norm * np.where(active.any(axis=0), share, share[active.any(axis=0)].mean())
-        there = importance[products > 0]
+        there = importance[active]
         self.least = float(np.quantile(there, DROPPED)) if len(there) else 0.0
         self.dropped = float(np.square(importance * (importance < self.least))[:fitted].sum() / fitted)
         estimated = self.slope * (score - self.base) * self.norm
@@ -152,7 +153,7 @@ class _Layer:
 
     def project(self, x: np.ndarray) -> np.ndarray:
         """The predictor's scores, float32 [tokens, units]."""
-        return self._backend.project(mx.array(x), *self._matrix)()
+        return self._predictor.estimates(mx.array(x))()
 
     def flags(self, scale: float, multiplier: float) -> np.ndarray:
         """What the predictor flags on the text: bool [tokens, units]."""
@@ -175,35 +176,35 @@ def _line(score: np.ndarray, products: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def find_levels(
     bundle: Bundle,
     model: FlashModel,
-    predictors: list[tuple[tuple[Matrix, ...], np.ndarray | None]],
+    predictors: Sequence[tuple[Projection, np.ndarray | None]],
     inputs: list[np.ndarray],
     sequences: list[np.ndarray],
     *,
     held: tuple[int, ...] | None = None,
-    device: str | None = None,
+    left_out: Sequence[int] = (),
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Cuts, dict[str, Any]]:
     """Thresholds of every layer, and what the manifest says of them: the curve's points, and levels.
 
-    model: the bundle's, exact; its FFNs are replaced. predictors: each layer's matrices, and what their product is
-    compared with where that estimates the deciding product, [units] (None: any score). inputs: what the FFNs are given
+    model: the bundle's, exact; its FFNs are replaced. predictors: each layer's, and what its estimate is compared with
+    where that estimates the deciding product, [units] (None: any score). inputs: what the FFNs are given
     for all but the last token of each of `sequences`, float32 [tokens, d_model]; the first half of the sequences makes
     thresholds, the others are reported on. held: units that each layer's window holds (None: nothing from earlier
-    tokens).
+    tokens). left_out: instead of a level for each price, one for each of these percentages of all units.
     """
-    backend, count = make_backend(device), bundle.num_layers
+    count = bundle.num_layers
     half = max(1, len(sequences) // 2)
     made, reported = sequences[:half], sequences[half:] or sequences
     fitted = sum(len(s) - 1 for s in made)
     layers = []
     for index, x in enumerate(inputs):
         progress("importance", index, count)
-        layers.append(_Layer(bundle, index, x, fitted, *predictors[index], backend))
+        layers.append(_Layer(bundle, index, x, fitted, *predictors[index]))
     progress("importance", count, count)
 
     def least(index: int) -> Keep:
         layer = layers[index]
-        return lambda r, x, a: np.abs(a) * layer.norm >= layer.least if r == index + 1 else True
+        return lambda r, x, a: np.abs(a) * layer.down >= layer.least if r == index + 1 else True
 
     found = _measure(bundle, model, least, count, made, "sensitivity", progress)
     cost = np.maximum([p.kl for p in found], 1e-9) / np.maximum([layer.dropped for layer in layers], 1e-12)
@@ -225,23 +226,41 @@ def find_levels(
         points = _measure(bundle, model, predicted, len(multipliers), reported, "thresholds", progress)
         return [replace(p, multiplier=m) for p, m in zip(points, multipliers, strict=True)]
 
-    points = measured(_multipliers(layers, scale, cost))
-    for _ in range(AIMED):
-        points = sorted(points + measured(_aimed(points)), key=lambda p: p.multiplier)
+    if left_out:
+        points = measured(_leaving_out(layers, scale, fitted, left_out))
+        chosen = {str(percent): (p, True) for percent, p in zip(left_out, points, strict=True)}
+    else:
+        points = measured(_multipliers(layers, scale, cost))
+        for _ in range(AIMED):
+            points = sorted(points + measured(_aimed(points)), key=lambda p: p.multiplier)
+        chosen = {name: _cheapest(points, change) for name, change in LEVELS.items()}
     levels = {}
-    for name, change in LEVELS.items():
-        good = [p for p in points if p.meets(change)]
-        best = good[-1] if good else min(points, key=lambda p: p.kl)
+    for name, (best, met) in chosen.items():
         flags = [layer.flags(s, best.multiplier) for layer, s in zip(layers, scale.tolist(), strict=True)]
         flagged, share = (
             float(np.mean([f.mean() for f in flags])),
             sum(held) / sum(len(c[0]) for c in cuts) if held else 0.0,
         )
-        level = Level(name, met=bool(good), flagged=flagged, held=share, **asdict(best))
+        level = Level(name, met=met, flagged=flagged, held=share, **asdict(best))
         curves = {"shares": SHARES, "layers": [miss_curve(f).misses for f in flags]}
         levels[name] = {k: v for k, v in asdict(level).items() if k != "name"} | {"misses": curves}
     tokens = sum(len(s) - 1 for s in reported)
     return cuts, {"tokens": tokens, "levels": levels, "points": [asdict(p) for p in points]}
+
+
+def _cheapest(points: list[Point], change: float) -> tuple[Point, bool]:
+    """Of points by multiplier the last that is within a change of perplexity, or the nearest; whether there is one."""
+    good = [p for p in points if p.meets(change)]
+    return good[-1] if good else min(points, key=lambda p: p.kl), bool(good)
+
+
+def _leaving_out(layers: list[_Layer], scale: np.ndarray, fitted: int, percents: Sequence[int]) -> list[float]:
+    """Multipliers at which so many of all units are left out of the first `fitted` tokens."""
+    grid = np.linspace(0, 1, 1001)
+    at = [
+        np.quantile(layer.scores()[:fitted] / layer.threshold(s), grid) for layer, s in zip(layers, scale, strict=True)
+    ]
+    return [float(m) for m in np.quantile(at, np.array(percents) / 100)]
 
 
 def _multipliers(layers: list[_Layer], scale: np.ndarray, cost: np.ndarray) -> list[float]:

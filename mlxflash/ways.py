@@ -21,7 +21,11 @@ from mlxflash.plan import (
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
 
-STORED = {"low-bit": "convert again, or use --exact", "low-rank": "`mlxflash train` makes one"}  # if missing
+STORED = {  # what to do where it is missing
+    "low-bit": "convert again, or use --exact",
+    "low-rank": "`mlxflash train` makes one",
+    "sparsity": "`mlxflash calibrate --sparsity` makes one",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def forecast_of(
     if not plan.whole and sizes.curves is not None:
         misses = tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
     kind = str(manifest.quantization["bits"]) if manifest.quantization else manifest.dtype
-    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8"}.get(predictor, kind)
+    guessed = {"low-bit": str(LOW_BITS), "low-rank": "8", "sparsity": str(LOW_BITS)}.get(predictor, kind)
     head = any(t.name.startswith("lm_head.") for t in found)
     idle = ("embed_tokens.", "embed_positions.") if head else ("embed_positions.",)
     ahead = manifest.calibration.get("look-ahead") if look_ahead else None

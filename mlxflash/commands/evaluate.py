@@ -24,6 +24,7 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--memory", default=None, help="as for generate")
     p.add_argument("--predictor", nargs="+", default=[None], choices=["low-bit", "low-rank", "oracle", "all"])
     p.add_argument("--fidelity", nargs="+", default=[None], choices=FIDELITIES, help="levels, each with each predictor")
+    p.add_argument("--sparsity", nargs="+", type=int, default=[], metavar="P", help="as for generate, one by one")
     p.add_argument("--margin", type=float, default=None, help="instead of a level: in standard errors of the estimate")
     p.add_argument("--window", type=int, default=None, help="as for generate")
     p.add_argument("--device", default=None, help="as for generate")
@@ -63,8 +64,10 @@ def run(args: argparse.Namespace) -> None:
             {"predictor": p, "fidelity": f, "window": args.window, "margin": args.margin}
             for p in args.predictor
             for f in args.fidelity
+            if not args.sparsity or (p, f) != (None, None)
         ]
-        if args.plot:  # the paper's rule is marked beside whatever was asked for
+        settings += [{"sparsity": percent, "window": args.window} for percent in args.sparsity]
+        if args.plot and bundle.manifest.sparse:  # the paper's rule is marked beside whatever was asked for
             paper = "low-rank" if "low-rank" in bundle.predictors() else "low-bit"
             settings.append({"predictor": paper, "window": PAPER_WINDOW, "margin": MARGIN})
         for setting in settings:

@@ -39,6 +39,9 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--fidelity", default=None, choices=FIDELITIES, help="how many active units are not worth a read (high)"
     )
+    p.add_argument(
+        "--sparsity", type=int, default=None, metavar="P", help="SiLU, GELU: leave out P %% of the units (lossy; none)"
+    )
     p.add_argument("--exact", action="store_true", help="compute every unit: the same as --fidelity exact")
     p.add_argument("--device", default=None, help="cuda, metal, cpu or mlx-cpu (the best here)")
     p.add_argument("--check-reads", action="store_true", help="compare every record read with its checksum")
@@ -56,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--exact and --predictor {args.predictor} contradict each other")
     if args.exact and args.fidelity not in (None, "exact"):
         raise ValueError(f"--exact and --fidelity {args.fidelity} contradict each other")
+    if args.exact and args.sparsity:
+        raise ValueError(f"--exact and --sparsity {args.sparsity} contradict each other")
     with Progress() as progress:
         bundle = find_bundle(
             args.model, dtype=args.dtype, bits=args.bits, progress=progress, say=say, memory=args.memory
@@ -92,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         host_memory=args.host_memory,
         predictor=args.predictor,
         fidelity="exact" if args.exact else args.fidelity,
+        sparsity=args.sparsity,
         window=args.window,
         device=args.device,
         max_kv_size=args.max_kv_size or min(positions, len(tokens) + args.max_tokens),

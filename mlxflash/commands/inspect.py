@@ -114,9 +114,9 @@ def describe(bundle: Bundle) -> str:
         f"  runs        {f['runs']}",
     ]
     for name, size in f["predictors"].items():
-        said = m.calibration.get(name)
-        lines.append(f"  predictor   {name}, {format_bytes(size)}: {_said(said)}")
-        lines += [f"  fidelity    {line}" for line in _levels(bundle, name)]
+        said = "for --sparsity" if name == "sparsity" else _said(m.calibration.get(name))
+        lines.append(f"  predictor   {name}, {format_bytes(size)}: {said}")
+        lines += [f"  {'sparsity' if name == 'sparsity' else 'fidelity'}    {line}" for line in _levels(bundle, name)]
     return "\n".join(lines)
 
 

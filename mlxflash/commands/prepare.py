@@ -37,6 +37,14 @@ def add_calibrate(p: argparse.ArgumentParser) -> None:
         default=True,
         help="find the levels of --fidelity too: some thirty passes over the tokens, hours for the largest models",
     )
+    p.add_argument(
+        "--sparsity",
+        nargs="+",
+        type=int,
+        default=None,
+        metavar="P",
+        help="SiLU, GELU: make and measure what `generate --sparsity P` needs, for each percentage",
+    )
     p.add_argument("--memory", default=None, help="as for generate; levels then count on what it holds")
     p.add_argument("--device", default=None, help="as for generate")
     p.set_defaults(run=run_calibrate)
@@ -88,21 +96,17 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_calibrate(args: argparse.Namespace) -> None:
     from mlxflash.calibrate import calibrate
+    from mlxflash.sparsity import calibrate_sparsity
 
     _check_tokens(args)
     bundle = Bundle.open(args.bundle)
     tokens = None if args.text is None else read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
-        bundle = calibrate(
-            bundle,
-            tokens,
-            num_tokens=args.tokens,
-            memory=args.memory,
-            device=args.device,
-            progress=progress,
-            predictor=args.predictor,
-            levels=args.levels,
-        )
+        settings = {"num_tokens": args.tokens, "memory": args.memory, "device": args.device, "progress": progress}
+        if args.sparsity:
+            bundle = calibrate_sparsity(bundle, tokens, args.sparsity, **settings)
+        else:
+            bundle = calibrate(bundle, tokens, predictor=args.predictor, levels=args.levels, **settings)
     print(describe(bundle))
 
 
