@@ -287,7 +287,7 @@ def _predictor(
         files = bundle.predictor_files(name)
         if len(files) != bundle.num_layers:
             raise BundleError(
-                f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; convert again"
+                f"{bundle.path}: {len(files)} predictor files for {bundle.num_layers} layers; {STORED[name]}"
             )
         margin = MARGIN if margin is None else margin
         if name == "sparsity":

@@ -130,8 +130,9 @@ def _levels(bundle: Bundle, predictor: str) -> list[str]:
     for name, level in found["levels"].items():
         reached = "" if level["met"] else ", as near as the predictor comes"
         reached += f", with {level['held']:.0%} of the units held" if level["held"] else ""
+        share = "% of the units left out" if predictor == "sparsity" else ""
         lines.append(
-            f"{name}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
+            f"{name}{share}: perplexity {math.expm1(level['kl']):+.2%}, top-1 agreement {level['top1']:.1%}, at most "
             f"{format_bytes(level['flagged'] * size)} per token{reached}"
         )
     return lines
