@@ -31,7 +31,7 @@ from mlxflash.sparsity import calibrate_sparsity  # noqa: E402
 CASES = ("llama", "gemma", "falcon-7b")  # gated SiLU, gated GELU, plain GELU
 BIASED = "phi"  # plain GELU, a bias per unit
 PERCENTS = (30, 50, 70, 90)
-UNITS, VOCABULARY, TOKENS = 512, 300, np.random.default_rng(0).integers(3, 300, 256)
+UNITS, VOCABULARY, TOKENS = 256, 300, np.random.default_rng(0).integers(3, 300, 160)
 
 
 def write_wide(path, case):
@@ -101,7 +101,7 @@ def test_nothing_left_out_equals_dense(bundle_of, tmp_path, case, backend, budge
 @pytest.mark.parametrize("case", [*CASES, BIASED])
 def test_what_is_recorded_is_what_the_decode_path_costs(bundle_of, case):
     bundle = bundle_of(case)
-    with Dense(bundle, TOKENS[128:], context=127, memory=least(bundle)) as dense:
+    with Dense(bundle, TOKENS[80:], context=79, memory=least(bundle)) as dense:
         for percent in PERCENTS:
             report, level = evaluate(dense, sparsity=percent, window=1), level_of(bundle, "sparsity", str(percent))
             assert (report.predictor, report.fidelity) == ("sparsity", str(percent))
@@ -124,10 +124,10 @@ def test_more_left_out_never_reads_more(bundle_of, case, backend):
     read, wrong, wanted = [], [], []
     x = mx.random.normal((1, 64), key=mx.random.key(1))
     with load(bundle_of(case).path, backend, "whole", None) as model:
-        want = decode(model, TOKENS[:40])
+        want = decode(model, TOKENS[:24])
     for percent in (0, *PERCENTS):
         with load(bundle_of(case).path, backend, "least", None, sparsity=percent) as model:
-            wrong.append(np.square(decode(model, TOKENS[:40]) - want).mean())
+            wrong.append(np.square(decode(model, TOKENS[:24]) - want).mean())
             read.append(model.flash.snapshot().num_bytes)
             if percent:
                 wanted.append(set(model.flash.layers[0].predictor.start(x)().tolist()))
@@ -143,13 +143,13 @@ def test_what_is_held_makes_it_better(bundle_of, case):
     wrong = []
     for budget in ("whole", "least", "part", "room"):
         with load(bundle_of(case).path, "native", budget, None, sparsity=90) as model:
-            logits = decode(model, TOKENS[:60])
+            logits = decode(model, TOKENS[:40])
             if budget == "whole":
                 want = logits
                 assert model.flash.mode == "exact (all resident)"
             else:
                 assert model.flash.mode.startswith("approximate (90% of the units left out: perplexity +")
-                wrong.append(np.square(logits - want)[30:].mean())
+                wrong.append(np.square(logits - want)[20:].mean())
     assert wrong[0] > wrong[1] > wrong[2]
 
 
@@ -157,13 +157,13 @@ def test_what_is_held_makes_it_better(bundle_of, case):
 def test_the_units_left_out_are_those_that_add_least(bundle_of, case):
     """By |activation| |down row| of the stored weights: what is left out is almost as little as the least there is."""
     bundle = bundle_of(case)
-    _, inputs = recorded(bundle, TOKENS, 256, None, None, lambda *_: None)
+    _, inputs = recorded(bundle, TOKENS, len(TOKENS), None, None, lambda *_: None)
     with load(bundle.path, "native", "least", None, sparsity=50) as model:
         predictors = [layer.predictor for layer in model.flash.layers]
         resident = [layer.source.resident for layer in model.flash.layers]
     record = json.loads((bundle.path / "manifest.json").read_text())["record"]
     for layer, (x, predictor) in enumerate(zip(inputs, predictors, strict=True)):
-        parts, x = read_records(bundle.layer_path(layer), UNITS, record), x[::8]
+        parts, x = read_records(bundle.layer_path(layer), UNITS, record), x[::4]
         up = x @ parts["up"].T + resident[layer].get("up_bias", 0)
         gate = x @ parts["gate"].T if "gate" in parts else up
         first = gate / (1 + np.exp(-(1.0 if case == "llama" else 1.702) * gate))
@@ -190,7 +190,7 @@ def test_thresholds_count_the_down_rows(bundle_of):
 def test_commands_make_it_and_name_it(bundle_of, ours, tmp_path, capfd):
     (tmp_path / "text").write_text("It was the best of times, it was the worst of times, " * 20)
     model, text = ["--model", str(ours)], ["--text", str(tmp_path / "text")]
-    main(["calibrate", str(ours), *text, "--tokens", "64", "--sparsity", "80", "40", "80"])
+    main(["calibrate", str(ours), *text, "--tokens", "32", "--sparsity", "80", "40", "80"])
     said = capfd.readouterr().out
     assert "  sparsity    40% of the units left out: perplexity +" in said
     assert list(Bundle.open(ours).manifest.calibration["fidelity"]["sparsity"]["levels"]) == ["40", "80"]
@@ -275,7 +275,7 @@ def test_damaged_files_are_refused(bundle_of, ours, name, damage):
     with pytest.raises(BundleError, match=r"; .*calibrate"):
         load_bundle(ours, memory=least(bundle_of("llama")), sparsity=50)
     load_bundle(ours, memory=least(bundle_of("llama"))).close()
-    calibrate_sparsity(Bundle.open(ours), TOKENS[:64], [50])
+    calibrate_sparsity(Bundle.open(ours), TOKENS[:32], [50])
     with load_bundle(ours, memory=least(bundle_of("llama")), sparsity=50) as model:
         assert "50% of the units left out" in model.flash.mode
     assert "sparsity" in describe(Bundle.open(ours))
