@@ -71,10 +71,11 @@ def sparsity_level(bundle: Bundle, percent: int) -> Level:
         raise ValueError(f"sparsity {percent}: a percentage of the units, 1 to 99")
     level = level_of(bundle, "sparsity", str(percent))
     if level is None:
-        there = ", ".join(bundle.manifest.calibration.get("fidelity", {}).get("sparsity", {}).get("levels", {}))
+        there = bundle.manifest.calibration.get("fidelity", {}).get("sparsity", {}).get("levels", {})
+        all_of_them = " ".join(sorted({*there, str(percent)}, key=lambda p: p.zfill(2)))  # it replaces what was measured before
         raise BundleError(
-            f"{bundle.path}: a sparsity of {percent} was not measured ({there or 'none'} was); "
-            f"`mlxflash calibrate {bundle.path} --text FILE --sparsity {percent}` does"
+            f"{bundle.path}: sparsity {percent} was not measured; "
+            f"`mlxflash calibrate {bundle.path} --text FILE --sparsity {all_of_them}` does"
         )
     return level
 

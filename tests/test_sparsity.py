@@ -30,6 +30,7 @@ from mlxflash.sparsity import calibrate_sparsity  # noqa: E402
 
 CASES = ("llama", "gemma", "falcon-7b")  # gated SiLU, gated GELU, plain GELU
 BIASED = "phi"  # plain GELU, a bias per unit
+QUANTISED = "qwen2"  # gated SiLU, here in 8 bits
 PERCENTS = (30, 50, 70, 90)
 UNITS, VOCABULARY, TOKENS = 256, 300, np.random.default_rng(0).integers(3, 300, 160)
 
@@ -64,7 +65,11 @@ def bundle_of(tmp_path_factory):
         if case not in made:
             folder = tmp_path_factory.mktemp(case)
             write_wide(folder / "c", case)
-            made[case] = calibrate_sparsity(convert(folder / "c", folder / "made.flash"), TOKENS, PERCENTS)
+            made[case] = calibrate_sparsity(
+                convert(folder / "c", folder / "made.flash", bits=8 if case == QUANTISED else None, group_size=32),
+                TOKENS,
+                PERCENTS,
+            )
         return made[case]
 
     return bundle
@@ -83,7 +88,7 @@ def decode(model, tokens):
 
 
 @pytest.mark.parametrize(("backend", "budget"), [("native", "least"), ("parts-alias", "part"), ("discrete", "least")])
-@pytest.mark.parametrize("case", [*CASES, BIASED])
+@pytest.mark.parametrize("case", [*CASES, BIASED, QUANTISED])
 def test_nothing_left_out_equals_dense(bundle_of, tmp_path, case, backend, budget):
     """With a threshold that every unit exceeds, by the same way as any other."""
     path = shutil.copytree(bundle_of(case).path, tmp_path / "ours.flash")
@@ -98,7 +103,7 @@ def test_nothing_left_out_equals_dense(bundle_of, tmp_path, case, backend, budge
             assert model.flash.snapshot().num_bytes > 0
 
 
-@pytest.mark.parametrize("case", [*CASES, BIASED])
+@pytest.mark.parametrize("case", [*CASES, BIASED, QUANTISED])
 def test_what_is_recorded_is_what_the_decode_path_costs(bundle_of, case):
     bundle = bundle_of(case)
     with Dense(bundle, TOKENS[80:], context=79, memory=least(bundle)) as dense:
@@ -215,7 +220,10 @@ def test_commands_make_it_and_name_it(bundle_of, ours, tmp_path, capfd):
 
 def test_a_point_that_nobody_measured_names_the_command(bundle_of):
     path = bundle_of("llama").path
-    with pytest.raises(BundleError, match=rf"60 was not measured \(30, 50, 70, 90 was\).*calibrate {path} --text FILE"):
+    with pytest.raises(
+        BundleError,
+        match=f"60 was not measured; `mlxflash calibrate {path} --text FILE --sparsity 30 50 60 70 90` does",
+    ):
         load_bundle(path, sparsity=60)
 
 
