@@ -72,7 +72,7 @@ def sparsity_level(bundle: Bundle, percent: int) -> Level:
     level = level_of(bundle, "sparsity", str(percent))
     if level is None:
         there = bundle.manifest.calibration.get("fidelity", {}).get("sparsity", {}).get("levels", {})
-        all_of_them = " ".join(sorted({*there, str(percent)}, key=lambda p: p.zfill(2)))  # it replaces what was measured before
+        all_of_them = " ".join(sorted({*there, str(percent)}, key=lambda p: p.zfill(2)))  # old ones are replaced
         raise BundleError(
             f"{bundle.path}: sparsity {percent} was not measured; "
             f"`mlxflash calibrate {bundle.path} --text FILE --sparsity {all_of_them}` does"

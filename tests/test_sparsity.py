@@ -16,6 +16,7 @@ from families import golden
 from reference import read_records, write_safetensors
 
 mx = pytest.importorskip("mlx.core")
+import mlx.nn as nn  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlxflash.converters import convert  # noqa: E402
 
@@ -26,6 +27,7 @@ from mlxflash.commands.inspect import describe  # noqa: E402
 from mlxflash.evaluate import Dense, evaluate  # noqa: E402
 from mlxflash.fidelity import level_of, read_cuts  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
+from mlxflash.predictor import Magnitude  # noqa: E402
 from mlxflash.sparsity import calibrate_sparsity  # noqa: E402
 
 CASES = ("llama", "gemma", "falcon-7b")  # gated SiLU, gated GELU, plain GELU
@@ -180,6 +182,21 @@ def test_the_units_left_out_are_those_that_add_least(bundle_of, case):
         lost, all_of_it = np.square(adds * ~read).sum(), np.square(adds).sum()
         assert lost < max(4 * worst, 0.005 * all_of_it)
         assert 0.2 < read.mean() < 0.8
+
+
+def test_magnitudes_are_those_of_the_activation(bundle_of):
+    """Of MLX's own functions, with a gate's other product and without; at no input they are what biases make."""
+    products = np.linspace(-6, 6, 40, dtype=np.float32).reshape(1, -1)
+    bias = np.linspace(1, 0, 40, dtype=np.float32)
+    for activation, exact in (("silu", nn.silu), ("gelu", nn.gelu), ("gelu_tanh", nn.gelu_approx)):
+        for units in (40, 20):
+            first, up = np.split(products + bias, [units], axis=1)
+            want = np.abs(np.array(exact(mx.array(first)))) * (np.abs(up) if units == 20 else 1)
+            np.testing.assert_allclose(Magnitude(activation, bias, units)(products), want, atol=4e-3)
+    with load(bundle_of(BIASED).path, "native", "least", None, sparsity=50) as model:
+        for layer in model.flash.layers:
+            want = np.abs(np.array(nn.gelu(mx.array(layer.source.resident["up_bias"]))))
+            np.testing.assert_allclose(layer.predictor.estimates(mx.zeros((1, 64)))()[0], want, atol=4e-3)
 
 
 def test_thresholds_count_the_down_rows(bundle_of):
