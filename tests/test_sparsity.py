@@ -233,6 +233,9 @@ def test_commands_make_it_and_name_it(bundle_of, ours, tmp_path, capfd):
     with pytest.raises(SystemExit):
         main(["generate", *model, "-p", "It was", "--exact", "--sparsity", "40"])
     assert "contradict" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(ours), "--sparsity", "40", "--predictor", "low-rank"])
+    assert "leave out --predictor" in capfd.readouterr().err
 
 
 def test_a_point_that_nobody_measured_names_the_command(bundle_of):

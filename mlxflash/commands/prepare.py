@@ -103,6 +103,10 @@ def run_calibrate(args: argparse.Namespace) -> None:
     tokens = None if args.text is None else read_text(args.text, bundle.path, args.tokens)
     with Progress() as progress:
         settings = {"num_tokens": args.tokens, "memory": args.memory, "device": args.device, "progress": progress}
+        if args.sparsity and (args.predictor != "low-bit" or not args.levels):
+            raise ValueError(
+                "--sparsity has an estimate of its own and no levels: leave out --predictor and --no-levels"
+            )
         if args.sparsity:
             bundle = calibrate_sparsity(bundle, tokens, args.sparsity, **settings)
         else:
