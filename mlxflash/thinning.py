@@ -139,7 +139,8 @@ class _Layer:
         if never_zero or weights.up is not weights.first:  # what multiplies a gate is not known before the read: a mean
             known = score if never_zero else np.maximum(products, 1e-6)
             share = (np.abs(a) * active).sum(axis=0) / np.maximum((known * active).sum(axis=0), 1e-6)
-            self.norm = self.norm * np.where(active.any(axis=0), share, share[active.any(axis=0)].mean())
+            share = np.where(active.any(axis=0), share, share[active.any(axis=0)].mean())
+            self.norm = np.maximum(self.norm * share, np.float32(1e-6))  # a unit may be dead
         there = importance[active]
         self.least = float(np.quantile(there, DROPPED)) if len(there) else 0.0
         self.dropped = float(np.square(importance * (importance < self.least))[:fitted].sum() / fitted)

@@ -50,6 +50,9 @@ def write_wide(path, case):
     sizes = {"vocab_size": VOCABULARY, "intermediate_size": UNITS, "ffn_hidden_size": UNITS}
     (path / "config.json").write_text(json.dumps(config | sizes))
     weights = {name: families.tensor(case, name, shape) for name, shape in widened.items()}
+    for name in weights:
+        if name.endswith("mlp.up_proj.weight"):
+            weights[name][5] = 0  # as pruned
     write_safetensors(path / "model.safetensors", weights, "float32")
     write_tokenizer(path, VOCABULARY)
 
