@@ -11,6 +11,9 @@ Modules import only from those below themselves:
     preview                      what a public model would do here, before it is downloaded
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model
+    assemble, ways               the model without its FFNs; which predictor and level, within what memory
+    sizes, forecast              what a bundle takes in memory; how long a token
+    wishes                       what was asked for, and what contradicts it
     ffn, experts, routed         which units, bring them, compute
     fidelity                     which active units are worth a read
     bound                        x to unit ids, by proof
