@@ -2,28 +2,37 @@
 
 Modules import only from those below themselves:
 
-    cli, api                     commands; load()
+    cli                          the command: verbs and failures
+    commands                     what each verb does
+    api                          load()
     hub, plot, imported          names to bundles; pictures of a fidelity report; predictors of others
-    train                        training a predictor
+    train, order                 training a predictor; the order of units on disk
     rounding, routing            what quantising cost; which experts tokens choose
-    calibrate, thinning          measuring a predictor; finding levels of fidelity
+    calibrate                    measuring a predictor
+    thinning                     finding levels of fidelity
     converters, evaluate         checkpoints to bundles; what a model says of text
     preview                      what a public model would do here, before it is downloaded
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model
     assemble, ways               the model without its FFNs; which predictor and level, within what memory
-    sizes, forecast              what a bundle takes in memory; how long a token
+    sizes                        what a bundle takes in memory
     wishes                       what was asked for, and what contradicts it
-    ffn, experts, routed         which units, bring them, compute
-    fidelity                     which active units are worth a read
-    bound                        x to unit ids, by proof
-    predictor, window            x to unit ids; ids to rows held
+    flash                        what a model holds and did
+    experts, routed              which units, bring them, compute: where routers or the model's own predictor say
+    ffn                          the same for neurons
+    fidelity, bound, sketch      which active units are worth a read; x to unit ids by proof; x to activations
+    forecast                     how long a token will take
+    lookahead                    x to the next layer's unit ids
+    predictor                    x to unit ids
     backends                     where rows live and how the FFN is computed on them
     catalog                      public models by short names, and what they will take
-    models, plan, policy, pool   model families; budgets; who leaves memory first; host memory
-    kept                         what was measured of this machine
-    hosttier                     the host's memory beside a device with its own
-    reader, bundle, _native      extents to bytes; what lies on disk; the optional native part
+    models, plan                 model families; budgets
+    misses                       what layers miss, by how much they hold
+    window, hosttier             ids to rows held; the host's memory beside a device with its own
+    diskprofile, resident        how long reads take here; weights that stay
+    pool, policy                 host memory for units; who leaves memory first
+    reader, kept                 extents to bytes; what was measured of this machine
+    bundle, _native              what lies on disk; the optional native part
     install                      which MLX is installed, and what is wrong with it
 
 Importing does nothing: `load`, `generate` and `stream_generate` are found when first used.
