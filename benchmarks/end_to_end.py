@@ -13,7 +13,8 @@ random, so which units a token needs is a trace's word (trace.py, to the statist
 A predictor of the paper's size and ranks runs beside it in every layer, its memory and time counted; the trace's early
 ids are released only when a predictor a layer ahead could have named them, its late ids when the one inside the layer
 could, each after the predictor's products. `flash, no look-ahead` and `perfect look-ahead` (every late id early: a
-bound, no predictor does that) stand beside it.
+bound, no predictor does that) stand beside it; `sketch` has copies of what makes the activations in SKETCH_BITS in
+memory, as `calibrate --predictor sketch` makes them, reads the down rows of the same late ids, and looks not ahead.
 
 Limits are fio's rates, our own reader's where there is no fio, and the memory rate of the device that computes.
 
@@ -48,7 +49,7 @@ from streaming import read_seconds
 
 from mlxflash import pool
 from mlxflash._native import core
-from mlxflash.backends import Backend, Matrix, make_backend
+from mlxflash.backends import FFN, Backend, Matrix, make_backend
 from mlxflash.backends.cuda import DeviceBackend
 from mlxflash.bundle import Bundle
 from mlxflash.diskprofile import disk_profile
@@ -61,10 +62,12 @@ from mlxflash.plan import format_bytes, parse_memory
 from mlxflash.pool import host_memory
 from mlxflash.predictor import Ids
 from mlxflash.reader import make_reader
+from mlxflash.sketch import Sketch, products_of
 
 CONTEXT = 384
 ON_GPU = ("metal", "cuda")
 RECALL, OVER = 0.587, 0.658  # the look-ahead as measured on the story model, layers 1-5, held-out text (RESULTS.md)
+SKETCH_BITS = 3
 WIDE = 8  # one layer of so many has a predictor of the larger rank
 
 
@@ -106,6 +109,38 @@ class Paced:
         return LookAhead(self.backend, fit, twin)
 
 
+class Drawn(Sketch):
+    """A sketch of random words, computed for its time; what it answers is the trace's, activations of 1."""
+
+    def __init__(self, backend: Backend, ffn: FFN, units: int, sets: Sets, layer: int):
+        words, groups = ffn.d_model * SKETCH_BITS // 32, ffn.d_model // 64
+        zeros, scales = np.zeros(units, np.float32), mx.zeros((units, groups), mx.float16)
+        matrices = [mx.random.randint(0, 1 << 31, (units, words)).astype(mx.uint32) for _ in products_of(ffn)]
+        mx.eval(matrices, scales)
+        products = [(Matrix(m, scales, scales + 0, SKETCH_BITS, 64), zeros) for m in matrices]
+        super().__init__(backend, ffn, products, zeros)
+        self.sets, self.layer, self.token = sets, layer, 0
+
+    @classmethod
+    def of(cls, bundle: Bundle, backend: Backend, sets: Sets) -> list["Drawn"]:
+        """One per layer."""
+        ffn = FFN.of(bundle.manifest)
+        return [cls(backend, ffn, x.units, sets, i) for i, x in enumerate(bundle.manifest.layers)]
+
+    def start(self, x: mx.array) -> Ids:
+        draw = super().start(x)
+
+        def ids() -> np.ndarray:
+            draw()
+            named = self.sets.at(self.layer, self.token % (self.sets.starts.shape[1] - 1))
+            self.token += 1
+            self.hidden = np.zeros_like(self.hidden)
+            self.hidden[:, named] = 1
+            return named
+
+        return ids
+
+
 def run_flash(
     bundle: Bundle,
     memory: str,
@@ -117,10 +152,13 @@ def run_flash(
     early: str | None,
     host_memory_size: str | None = None,
     foresee: bool = True,
+    sketched: bool = False,
 ) -> Outcome:
     """Decode with the trace's late sets; `early` names the sets that are asked for a layer ahead, None: none. To
     `foresee` the time, the machine may have to be measured, which takes memory of its own."""
-    predictors = Paced.of(bundle, backend, trace.sets["late"], activity)
+    predictors: list[Any] = Paced.of(bundle, backend, trace.sets["late"], activity)
+    if sketched:
+        predictors = list(Drawn.of(bundle, backend, trace.sets["late"]))
     # A virtual machine's host takes back memory that was freed, and gives it again at 0.4 GB/s (RESULTS.md).
     host_memory(bundle.resident_bytes()).release()
     begin = time.perf_counter()
@@ -140,6 +178,7 @@ def run_flash(
             link(model, trace.sets[early])
         model.flash.mode = "replayed trace"
         name = {None: "flash, no look-ahead", "early": "flash", "late": "perfect look-ahead"}[early]
+        name = "sketch" if sketched else name
         read = model.flash.snapshot().num_bytes
         with timed_copies() as copies:
             outcome = decode(model, tokens, warm, name + (", host tier" if host_memory_size else ""))
@@ -188,9 +227,10 @@ def foreseen(model: FlashModel, trace: Trace, early: str | None, backend: Backen
     work = Work(
         resident=flash.plan.resident,
         kind=manifest.dtype,
-        predictor_kind="float16",
+        predictor_kind=str(SKETCH_BITS) if flash.layers[0].sketch else "float16",
         slot=flash.plan.pools // sum(flash.plan.capacities),
-        stride=manifest.record.stride,
+        stride=flash.layers[0].extent,
+        wanted=tuple(float(w.sum(axis=1).mean()) for w in late) if flash.layers[0].sketch else (),
         kv=0,  # the context is short here
         misses=misses,
         recall=right,
@@ -198,7 +238,7 @@ def foreseen(model: FlashModel, trace: Trace, early: str | None, backend: Backen
         staged=not manifest.record.aligned,
     )
     disk = disk_profile([flash.bundle.layer_path(i) for i in range(flash.bundle.num_layers)])
-    machine = machine_profile(backend, {manifest.dtype, "float16", "float32", COPY})
+    machine = machine_profile(backend, {manifest.dtype, work.predictor_kind, "float32", COPY})
     return forecast(flash.plan, work, machine, disk).seconds
 
 
@@ -348,6 +388,9 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             return run_flash(bundle, args.memory, many, warm, backend, trace, shape.activity, early, host)
 
         outcomes += [flash("early"), flash(None), flash("late")]
+        outcomes.append(
+            run_flash(bundle, args.memory, many, warm, backend, trace, shape.activity, early=None, sketched=True)
+        )
         if isinstance(backend, DeviceBackend):
             backend.waits = True  # their time alone, at the price of what they overlap
             outcomes.append(flash("early"))

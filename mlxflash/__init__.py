@@ -14,11 +14,14 @@ Modules import only from those below themselves:
     preview                      what a public model would do here, before it is downloaded
     decode                       the decode loop: generate(), stream_generate()
     model                        a bundle to a model
-    flash, ways                  what a model holds and did; what the planner is told of a bundle
+    assemble, ways               the model without its FFNs; which predictor and level, within what memory
+    sizes                        what a bundle takes in memory
+    wishes                       what was asked for, and what contradicts it
+    flash                        what a model holds and did
     experts, routed              which units, bring them, compute: where routers or the model's own predictor say
     ffn                          the same for neurons
-    forecast                     how long a token will take
     fidelity, bound, sketch      which active units are worth a read; x to unit ids by proof; x to activations
+    forecast                     how long a token will take
     lookahead                    x to the next layer's unit ids
     predictor                    x to unit ids
     backends                     where rows live and how the FFN is computed on them

@@ -30,7 +30,7 @@ from mlxflash.predictor import MARGIN, deciding_matrix, read_low_bit, read_low_r
 from mlxflash.resident import one_part
 from mlxflash.sketch import Answer, answer, save_sketch
 from mlxflash.thinning import Guess, draw_sketches, find_levels
-from mlxflash.ways import STORED
+from mlxflash.wishes import STORED
 
 OWN_SEQUENCES = 8
 HELD = 0.5  # of a layer's bytes: what a bound and its units are taken to have where no memory is named

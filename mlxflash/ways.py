@@ -1,26 +1,34 @@
-"""Ways to run a bundle within a budget: what the planner needs to know of it, what each is forecast to take."""
+"""Ways to run a bundle within a budget, what each is forecast to take, and the choice between them."""
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlxflash.backends import FFN, PARTIAL_SUMS, Backend
-from mlxflash.bundle import ITEM_BYTES, Bundle, Manifest
-from mlxflash.diskprofile import DiskProfile
+from mlxflash.backends import FFN, Backend
+from mlxflash.bundle import Bundle, BundleError
+from mlxflash.diskprofile import DiskProfile, disk_profile
 from mlxflash.fidelity import Level
 from mlxflash.forecast import COPY, Forecast, Work, forecast, machine_profile
-from mlxflash.misses import MissCurve
-from mlxflash.models import kv_values_per_token, state_values
-from mlxflash.plan import LAYER_OBJECTS, MIN_SLOTS, PREFILL_TOKENS, Plan, Sizes, format_bytes
+from mlxflash.plan import BudgetError, Plan, Sizes, format_bytes, make_plan, parse_memory
 from mlxflash.predictor import LOW_BITS
 from mlxflash.resident import Tensor
+from mlxflash.sizes import sizes_of
+from mlxflash.wishes import STORED, Terms
 
-STORED = {  # predictors that lie in a bundle: what to do where one is missing
-    "low-bit": "convert again, or use --exact",
-    "low-rank": "`mlxflash train` makes one",
-    "sketch": "`mlxflash calibrate --predictor sketch` makes one",
-    "bound": "`mlxflash calibrate --predictor bound` makes one",
-}
-RIVALS = {"low-bit": ("low-rank", "sketch"), "all": ("bound",)}  # predictors that may serve in the place of another
+
+@dataclass(frozen=True)
+class Means:
+    """What there is to run a bundle with."""
+
+    bundle: Bundle
+    config: dict[str, Any]
+    found: list[Tensor]  # resident
+    ffn: FFN
+    backend: Backend
+    memory: str | int | None
+    host_memory: str | int | None
+    context: int  # tokens
+    direct: bool  # reads bypass the page cache
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,69 @@ class Way:
     disk: DiskProfile | None
     expected: Forecast | None
     reads: float | None = None  # bytes per token, by miss curves; None: not measured
+    sketched: bool = False  # rows hold only what a sketch does not stand for
+    why: str = ""  # it was chosen, for people
+
+
+def choose(terms: Terms, means: Means) -> Way:
+    """The fastest way. Raises BudgetError and BundleError where the leading predictor has none."""
+    (leading, levels), *rivals = terms.candidates.items()
+    ways = [_fitting(leading, levels, terms, means)]
+    for rival, levels in rivals:
+        with contextlib.suppress(BudgetError, BundleError):
+            ways.append(_fitting(rival, levels, terms, means))
+    way, why = fastest(ways)
+    skips = "  predicted rows of those held are computed" if way.predicted else ""
+    return replace(way, why="\n".join(filter(None, [why, skips])))
+
+
+def _fitting(predictor: str, levels: list[Level], terms: Terms, means: Means) -> Way:
+    """With this predictor: all rows that are held computed or only those predicted, what is forecast to be faster."""
+    if terms.sketched(predictor):
+        with contextlib.suppress(BudgetError):
+            if (whole := _planned("all", [], False, terms, means)).plan.whole:
+                return whole  # what holds everything has no use for a sketch
+    all_rows = terms.wishes.all_rows
+    skips = means.backend.leaves_out_free and predictor in STORED and predictor != "sketch" and all_rows is not True
+    choices = (False, True) if skips else (False,)
+    ways = [_planned(predictor, levels, predicted, terms, means) for predicted in choices]
+    if skips and all_rows is False:
+        return ways[1]
+    return min(ways, key=lambda way: way.expected.seconds if way.expected else 0)
+
+
+def _planned(predictor: str, levels: list[Level], predicted: bool, terms: Terms, means: Means) -> Way:
+    """With that of the levels, which hold less and less, that holds no more than the budget does."""
+    bundle, backend, wishes = means.bundle, means.backend, terms.wishes
+    ahead = wishes.look_ahead
+    if ahead is None:
+        ahead = means.direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
+    beside = sum(p.nbytes for p in terms.own) if terms.own else 0
+    beside += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
+    sketched = terms.sketched(predictor)
+    ffn = means.ffn.sketched() if sketched else means.ffn
+    level: Level | None = None
+    for level in (*levels, None):
+        sizes = sizes_of(bundle, means.config, means.found, backend, ffn, predictor, beside, level)
+        tier = parse_memory(means.host_memory, sizes.model) if means.host_memory not in (None, 0, "0") else 0
+        memory = parse_memory(means.memory, sizes.model)
+        plan = make_plan(sizes, memory, means.context, backend.available_memory(), tier or 0)
+        # A window's span gives up what is held, and rows that are not predicted may be left out.
+        held = 0 if wishes.window or predicted else sum(plan.capacities) / sum(plan.units)
+        if level is None or level.held <= held:
+            break
+    if level is None and levels and wishes.fidelity:  # a bundle of before, which had one measurement
+        raise BundleError(f"{bundle.path}: {wishes.fidelity!r} was measured with more held than here; calibrate again")
+    layers = [bundle.layer_path(i) for i in range(bundle.num_layers)]
+    disk = disk_profile(layers) if means.direct and not plan.whole else None
+    expected = forecast_of(bundle, plan, sizes, means.found, predictor, backend, disk, ahead, predicted)
+    if wishes.look_ahead is None and ahead and expected is not None:
+        without = forecast_of(bundle, plan, sizes, means.found, predictor, backend, disk, False, predicted)
+        if without is not None and without.seconds < expected.seconds:
+            ahead, expected = False, without
+    misses = missed(plan, sizes)
+    reads = None if misses is None else sum(misses) * (sizes.extent or sizes.stride)
+    return Way(predictor, level, ahead, predicted and not plan.whole, plan, disk, expected, reads, sketched)
 
 
 def fastest(ways: list[Way]) -> tuple[Way, str]:
@@ -117,76 +188,3 @@ def missed(plan: Plan, sizes: Sizes) -> tuple[float, ...] | None:
     if plan.whole or sizes.curves is None:
         return None
     return tuple(curve.at(held) for curve, held in zip(sizes.curves, plan.capacities, strict=True))
-
-
-def curves_of(manifest: Manifest, predictor: str, level: Level | None) -> tuple[MissCurve, ...] | None:
-    """What layers miss with this predictor, or with the low-bit one where nobody measured it; None for none."""
-    measured = predictor if predictor in (*STORED, "router") else "low-bit"
-    said = manifest.calibration.get(measured, {}).get("misses")
-    if level is not None:
-        said = level.misses
-    if said is None or predictor == "all":
-        return None
-    shares = tuple(said["shares"])
-    return tuple(MissCurve(e.units, shares, tuple(c)) for e, c in zip(manifest.layers, said["layers"], strict=True))
-
-
-def sizes_of(
-    bundle: Bundle,
-    config: dict[str, Any],
-    found: list[Tensor],
-    backend: Backend,
-    ffn: FFN,
-    predictor: str,
-    own: int,
-    level: Level | None,
-) -> Sizes:
-    manifest = bundle.manifest
-    item = backend.activation_dtype(manifest).size
-    resident = sum(
-        t.num_bytes // ITEM_BYTES[t.dtype] * max(item, 4 if t.name.startswith("ffn.") else 0)
-        if t.is_small
-        else t.num_bytes
-        for t in found
-    )
-    stored = sum(t.num_bytes for t in found)
-    predictor_bytes = own
-    if predictor in STORED:
-        predictor_bytes += sum(f.stat().st_size for f in bundle.predictor_files(predictor))
-    elif predictor == "oracle":
-        first = sum(p.num_bytes for p in ffn.record.parts if p.name.startswith(ffn.first) and p.offset is not None)
-        predictor_bytes += sum(layer.units for layer in manifest.layers) * first
-    units = tuple(layer.units for layer in manifest.layers)
-    least, token = MIN_SLOTS, 0
-    if manifest.layout == "experts":  # of each pair of token and expert: its input, products, output in three places
-        chosen, hidden = int(config["num_experts_per_tok"]), ffn.record["up"].shape[0]
-        least, token = chosen, chosen * (4 * manifest.d_model + 3 * hidden) * item
-    elif manifest.routed:
-        token = max(units) * (item + 2)  # what the predictor says of each unit
-    elif manifest.layout == "blocks":  # the products of a layer's neurons, and down's of some blocks
-        sums = PARTIAL_SUMS // PREFILL_TOKENS[-1]
-        least, token = 1, (3 * max(units) * ffn.neurons + sums * manifest.d_model) * item
-    activations = 16 * manifest.d_model * item
-    if ffn.layout == "down":  # a sketch's, of all units at once
-        activations += 3 * 4 * max(units)
-    return Sizes(
-        model=stored + bundle.streamed_bytes(),
-        resident=resident + 4 * state_values(config),
-        objects=bundle.num_layers * (LAYER_OBJECTS + backend.layer_bytes(ffn)),
-        predictor=predictor_bytes,
-        units=units,
-        curves=curves_of(manifest, predictor, level),
-        slot=backend.slot_bytes(ffn),
-        stride=manifest.record.stride,
-        extent=ffn.record.stride,
-        kv_token=kv_values_per_token(config) * item,
-        activation_token=activations,
-        score_token=2 * int(config["num_attention_heads"]) * 4,
-        activation_item=item,
-        vocabulary=int(config["vocab_size"]),
-        staged=backend.is_staged(ffn) or (ffn.layout == "down" and not backend.discrete),  # its streams read through
-        partial=ffn.layout == "down",
-        discrete=backend.discrete,
-        least_slots=least,
-        expert_token=token,
-    )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from build import BACKENDS, Shape, load, prompt_of
-from mlxflash import model as models
+from mlxflash import ways
 from mlxflash.backends import FFN
 from mlxflash.bound import BITS, Bound, bound_file, load_bound, lost, make_bound
 from mlxflash.bundle import Bundle, BundleError
@@ -172,7 +172,7 @@ def test_it_moves_with_its_units(measured, tmp_path):
 
 def test_exact_takes_the_shorter_forecast_and_says_so(measured, monkeypatch):
     def mode(overhead, **settings):
-        monkeypatch.setattr(models, "disk_profile", lambda files: disk_like(overhead, rate=1e7, latency=1e-5))
+        monkeypatch.setattr(ways, "disk_profile", lambda files: disk_like(overhead, rate=1e7, latency=1e-5))
         with pytest.raises(BudgetError) as small:
             load_bundle(measured("f32", WIDE), memory=1, max_kv_size=64, predictor="bound")
         memory = small.value.smallest + 60_000

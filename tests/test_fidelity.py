@@ -13,7 +13,7 @@ from reference import read_records, stored_model, write_safetensors
 
 mx = pytest.importorskip("mlx.core")
 
-from mlxflash import model, thinning  # noqa: E402
+from mlxflash import thinning, ways  # noqa: E402
 from mlxflash.backends import make_backend  # noqa: E402
 from mlxflash.bundle import Bundle, BundleError  # noqa: E402
 from mlxflash.calibrate import calibrate  # noqa: E402
@@ -271,7 +271,7 @@ def test_the_forecast_decides_whether_rows_are_left_out(bundle, monkeypatch):
         def forecast(*args, seconds=seconds):
             return Forecast(seconds[args[-1]], seconds[args[-1]], 1.0)
 
-        monkeypatch.setattr(model, "forecast_of", forecast)
+        monkeypatch.setattr(ways, "forecast_of", forecast)
         with load_bundle(bundle.path, memory="6MB", device="cpu") as loaded:
             predicted = seconds == (2.0, 1.0)
             assert [layer.predicted for layer in loaded.flash.layers] == [predicted] * SHAPE.layers

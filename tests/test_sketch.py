@@ -4,7 +4,9 @@ The law: a model streamed by its sketches equals the dense model whose deciding 
 every backend, dtype and budget; dense is the NumPy forward pass of `reference.py`, or mlx-lm's own class.
 """
 
+import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,14 +19,18 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from test_exactness import TOLERANCE, assert_same_logits  # noqa: E402 isort: skip
 
+from mlxflash.assemble import described  # noqa: E402
 from mlxflash.backends import FFN  # noqa: E402
 from mlxflash.bundle import Bundle, BundleError, Part, make_record  # noqa: E402
 from mlxflash.model import load_bundle  # noqa: E402
 from mlxflash.pool import RecordRows, Staging, host_memory  # noqa: E402
 from mlxflash.predictor import floats, low_bit_matrix  # noqa: E402
 from mlxflash.reader import File, make_reader  # noqa: E402
-from mlxflash.sketch import ERROR, activations, choose_bits, fit, products_of, read_sketch, save_sketch  # noqa: E402
+from mlxflash.resident import tensors  # noqa: E402
+from mlxflash.sketch import ERROR, Sketch, activations, choose_bits, fit, products_of, read_sketch, save_sketch  # noqa: E402
 from mlxflash.thinning import Weights  # noqa: E402
+from mlxflash.ways import Means, choose  # noqa: E402
+from mlxflash.wishes import Wishes  # noqa: E402
 
 SMALL = Shape()
 WIDE = Shape(d_model=512, ffn=256, heads=8, dtype="float16", layers=3)
@@ -146,6 +152,36 @@ def test_reads_half_of_a_record_and_holds_twice_as_many(library):
     assert held["sketch"] > 1.5 * held["oracle"]
 
 
+@pytest.mark.parametrize("budget", ["least", "part", "room"])
+def test_sketches_of_ones_own_are_sketches(library, budget):
+    """Rows hold down parts alone, and a margin of 0 is what those of the bundle have without a level."""
+    path, tokens = sketched(library), prompt_of(12)
+    with load(path, "native", budget, "sketch", margin=0) as model:
+        want, plan = decoded(model, tokens), model.flash.plan
+    own = own_sketches(path)
+    with load_bundle(path, memory=plan.memory, predictor=own, backend=BACKENDS["native"]()) as model:
+        flash = model.flash
+        assert [layer.sketch for layer in flash.layers] == own
+        assert (flash.mode, flash.plan.capacities) == ("approximate (not measured)", plan.capacities)
+        np.testing.assert_array_equal(decoded(model, tokens), want)
+        assert flash.reader.num_bytes > 0
+    with load_bundle(path, predictor=own, device="cpu") as model:
+        assert model.flash.mode == "exact (all resident)"
+    with pytest.raises(ValueError, match="some of these predictors are sketches and some are not"):
+        load_bundle(path, predictor=[own[0].above(np.zeros(SMALL.ffn)), *own[1:]])
+    with pytest.raises(ValueError, match="compares whole records, and a sketch reads a part of each"):
+        load_bundle(path, memory=plan.memory, predictor=own, device="cpu", check_reads=True)
+
+
+def own_sketches(path):
+    bundle, backend = Bundle.open(path), BACKENDS["native"]()
+    ffn, layers = FFN.of(bundle.manifest), bundle.manifest.layers
+    return [
+        Sketch(backend, ffn, read_sketch(file, ffn, layer), np.zeros(layer.units, np.float32))
+        for file, layer in zip(bundle.predictor_files("sketch"), layers, strict=True)
+    ]
+
+
 # Rounding
 
 
@@ -241,13 +277,19 @@ def test_activations_are_those_of_the_layout():
         np.testing.assert_allclose(activations(ffn, first, up), want, rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_calibrated_and_then_chosen(library, tmp_path):
+@pytest.fixture(scope="module")
+def calibrated(library, tmp_path_factory):
     from mlxflash.calibrate import calibrate
+
+    path = tmp_path_factory.mktemp("sketch") / "calibrated"
+    shutil.copytree(library.bundle(WIDE), path)
+    return calibrate(Bundle.open(path), np.random.default_rng(0).integers(3, 200, 200), predictor="sketch")
+
+
+def test_it_is_calibrated_and_then_chosen(calibrated):
     from mlxflash.commands.inspect import describe
 
-    path = tmp_path / "calibrated"
-    shutil.copytree(library.bundle(WIDE), path)
-    bundle = calibrate(Bundle.open(path), np.random.default_rng(0).integers(3, 200, 200), predictor="sketch")
+    bundle, path = calibrated, calibrated.path
     said = bundle.manifest.calibration
     assert said["sketch"]["kl"] <= ERROR
     assert all(each["met"] for level in said["fidelity"]["sketch"]["levels"].values() for each in level)
@@ -261,6 +303,52 @@ def test_it_is_calibrated_and_then_chosen(library, tmp_path):
         assert model.flash.mode.startswith("approximate (sketch: perplexity +")
     with load_bundle(path, memory=memory, device="cpu", fidelity="exact") as model:
         assert model.flash.exact
+
+
+def test_a_way_is_chosen_without_building_a_model(calibrated):
+    config, _ = described(calibrated)
+    with load(calibrated.path, "native", "part", "sketch") as model:
+        plan = model.flash.plan
+    backend, ffn = BACKENDS["native"](), FFN.of(calibrated.manifest)
+    means = Means(calibrated, config, tensors(calibrated), ffn, backend, plan.memory, None, plan.context, False)
+    for wishes, predictor, level in (
+        (Wishes(), "sketch", "high"),
+        (Wishes(fidelity="fast"), None, None),
+        (Wishes(fidelity="exact"), "all", None),
+        (Wishes(predictor="sketch", margin=0), "sketch", None),
+    ):
+        if predictor is None:  # of the low-bit predictor, which leads
+            with pytest.raises(BundleError, match="fidelity 'fast' of its low-bit predictor was not measured"):
+                wishes.checked(calibrated)
+            continue
+        way = choose(wishes.checked(calibrated), means)
+        assert (way.predictor, way.level and way.level.name, way.sketched) == (predictor, level, predictor == "sketch")
+    assert choose(Wishes("sketch").checked(calibrated), replace(means, memory=None)).plan.whole
+
+
+def test_a_level_that_counts_on_memory_waits_until_it_is_filled(calibrated, tmp_path):
+    """Until windows are full, layers name what the level measured with nothing held would; then fewer."""
+    path = shutil.copytree(calibrated.path, tmp_path / "ours.flash")
+    manifest = json.loads((path / "manifest.json").read_text())
+    for level in manifest["calibration"]["fidelity"]["sketch"]["levels"]["fast"]:
+        level["multiplier"] += level["held"]  # further apart than they are
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    x = mx.random.normal((1, WIDE.d_model), key=mx.random.key(0))
+    with load(path, "native", "part", "sketch", fidelity="fast", window=1) as model:
+        named, memory = [layer.predictor.start(x)() for layer in model.flash.layers], model.flash.plan.memory
+        assert model.flash.level.held == 0
+    settings = {"memory": memory, "fidelity": "fast", "predictor": "sketch", "backend": BACKENDS["native"]()}
+    with load_bundle(path, **settings) as model:
+        assert model.flash.level.held > 0
+        for layer, cold in zip(model.flash.layers, named, strict=True):
+            np.testing.assert_array_equal(layer.predictor.start(x)(), cold)
+        decoded(model, prompt_of(40))
+        for layer, cold in zip(model.flash.layers, named, strict=True):
+            warm = layer.predictor.start(x)()
+            assert np.isin(warm, cold).all()
+            assert len(warm) < len(cold)
+        model.flash.forget()
+        np.testing.assert_array_equal(model.flash.layers[0].predictor.start(x)(), named[0])
 
 
 def test_bad_input_is_one_sentence(library, tmp_path):

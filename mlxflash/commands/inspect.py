@@ -133,6 +133,8 @@ def describe(bundle: Bundle) -> str:
         said = m.calibration.get(name)
         lines.append(f"  predictor   {name}, {format_bytes(size)}: {_said(said)}")
         lines += [f"  fidelity    {line}" for line in _levels(bundle, name)]
+    if m.sparse and not m.routed and "sketch" not in f["predictors"]:
+        lines.append("  predictor   no sketch, which reads least: `mlxflash calibrate --predictor sketch` makes one")
     return "\n".join(lines)
 
 
