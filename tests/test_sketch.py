@@ -159,18 +159,20 @@ def test_sketches_of_ones_own_are_sketches(library, budget):
     with load(path, "native", budget, "sketch", margin=0) as model:
         want, plan = decoded(model, tokens), model.flash.plan
     own = own_sketches(path)
-    with load_bundle(path, memory=plan.memory, predictor=own, backend=BACKENDS["native"]()) as model:
+    memory = plan.memory + 20_000  # in memory they are some bytes larger than in files
+    with load_bundle(path, memory=memory, predictor=own, backend=BACKENDS["native"]()) as model:
         flash = model.flash
         assert [layer.sketch for layer in flash.layers] == own
-        assert (flash.mode, flash.plan.capacities) == ("approximate (not measured)", plan.capacities)
-        np.testing.assert_array_equal(decoded(model, tokens), want)
+        assert flash.mode == "approximate (not measured)"
+        assert all(layer.extent < 0.6 * layer.stride for layer in flash.layers)
+        assert_same_logits(decoded(model, tokens), want, TOLERANCE[mx.float32])
         assert flash.reader.num_bytes > 0
     with load_bundle(path, predictor=own, device="cpu") as model:
         assert model.flash.mode == "exact (all resident)"
     with pytest.raises(ValueError, match="some of these predictors are sketches and some are not"):
         load_bundle(path, predictor=[own[0].above(np.zeros(SMALL.ffn)), *own[1:]])
     with pytest.raises(ValueError, match="compares whole records, and a sketch reads a part of each"):
-        load_bundle(path, memory=plan.memory, predictor=own, device="cpu", check_reads=True)
+        load_bundle(path, memory=memory, predictor=own, device="cpu", check_reads=True)
 
 
 def own_sketches(path):
