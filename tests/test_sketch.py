@@ -315,17 +315,14 @@ def test_a_way_is_chosen_without_building_a_model(calibrated):
     means = Means(calibrated, config, tensors(calibrated), ffn, backend, plan.memory, None, plan.context, False)
     for wishes, predictor, level in (
         (Wishes(), "sketch", "high"),
-        (Wishes(fidelity="fast"), None, None),
         (Wishes(fidelity="exact"), "all", None),
         (Wishes(predictor="sketch", margin=0), "sketch", None),
     ):
-        if predictor is None:  # of the low-bit predictor, which leads
-            with pytest.raises(BundleError, match="fidelity 'fast' of its low-bit predictor was not measured"):
-                wishes.checked(calibrated)
-            continue
         way = choose(wishes.checked(calibrated), means)
         assert (way.predictor, way.level and way.level.name, way.sketched) == (predictor, level, predictor == "sketch")
     assert choose(Wishes("sketch").checked(calibrated), replace(means, memory=None)).plan.whole
+    with pytest.raises(BundleError, match="fidelity 'fast' of its low-bit predictor was not measured"):
+        Wishes(fidelity="fast").checked(calibrated)
 
 
 def test_a_level_that_counts_on_memory_waits_until_it_is_filled(calibrated, tmp_path):
