@@ -3,6 +3,7 @@
     exact     every unit is computed by both (SiLU): ours streams what is not held, llama.cpp maps the file
     sparse    ours reads the units that a trace says (trace.py; the same weights under ReLU); llama.cpp computes all of
               them, as above: it has no other way
+    sketch    the same reads of down rows alone: the activations come from copies in memory (end_to_end.py)
     fits      a smaller shape that both hold: nothing is read
 
 Both get `--memory` and what they take to import beside it. The file's pages are dropped from the page cache before a
@@ -164,7 +165,7 @@ def feed_llama(path: Path, tokens: int) -> dict[str, Any]:
     return {"seconds": seconds[WARM:], "logits": logits[:LOGITS].tolist(), "ready_s": ready}
 
 
-def feed_ours(path: Path, tokens: int, memory: int | None, shape: Shape | None) -> dict[str, Any]:
+def feed_ours(path: Path, tokens: int, memory: int | None, shape: Shape | None, sketched: bool) -> dict[str, Any]:
     """`shape` of a sparse model: its trace decides what is read."""
     import mlx.core as mx
     from end_to_end import run_flash
@@ -178,8 +179,8 @@ def feed_ours(path: Path, tokens: int, memory: int | None, shape: Shape | None) 
         bundle = Bundle.open(path)
         trace = synthetic(shape.layers, shape.ffn, tokens + WINDOW_WARM, shape.activity)
         many = np.full(tokens + WINDOW_WARM, 5)
-        settings = many, WINDOW_WARM, make_backend("cpu"), trace, shape.activity, "early"
-        o = run_flash(bundle, str(memory), *settings, foresee=False)
+        settings = many, WINDOW_WARM, make_backend("cpu"), trace, shape.activity, None if sketched else "early"
+        o = run_flash(bundle, str(memory), *settings, foresee=False, sketched=sketched)
         return {"seconds": o.seconds, "bytes": o.bytes_per_token, "plan": o.plan, "ready_s": o.ready_s}
     begin = time.perf_counter()
     limits = {"memory": memory, "direct": memory is not None}
@@ -201,15 +202,17 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     path, tokens = Path(job["path"]), job["tokens"]
     if job["program"] == "llama.cpp":
         return feed_llama(path, tokens)
-    return feed_ours(path, tokens, job["memory"], SHAPES[job["shape"]].first(job["layers"]) if job["shape"] else None)
+    shape = SHAPES[job["shape"]].first(job["layers"]) if job["shape"] else None
+    return feed_ours(path, tokens, job["memory"], shape, job["sketched"])
 
 
 # What starts them
 
 
 def run(program: str, path: Path, tokens: int, memory: int | None, **more: Any) -> dict[str, Any]:
-    """A worker's answer, with what its cgroup was charged; `more`: shape and layers of a sparse run."""
-    job = {"program": program, "path": str(path), "tokens": tokens, "memory": memory, "shape": None, **more}
+    """A worker's answer, with what its cgroup was charged; `more`: shape and layers of a sparse run, and whether it is sketched."""
+    job = {"program": program, "path": str(path), "tokens": tokens, "memory": memory, "shape": None, "sketched": False}
+    job |= more
     if path.is_file():
         cool(path)
     limit = None
@@ -282,8 +285,12 @@ def against(args: argparse.Namespace, folder: Path) -> None:
     print(f"{args.shape}: {format_bytes(total_bytes(bundle))} in {format_bytes(memory or 0)} each")
     theirs = run("llama.cpp", gguf, args.tokens, memory)
     rows = [compare("exact", run("ours", exact.path, args.tokens, memory), theirs, 1.0)]
-    sparse = run("ours", bundle.path, 8 * args.tokens, memory, shape=args.shape, layers=args.layers)
+    how = {"shape": args.shape, "layers": args.layers}
+    sparse = run("ours", bundle.path, 8 * args.tokens, memory, **how)
     rows.append(compare("sparse", sparse, theirs, 10.0))
+    rows.append(
+        compare("sketch", run("ours", bundle.path, 8 * args.tokens, memory, sketched=True, **how), theirs, 10.0)
+    )
     small, gguf = files(args.small, args.layers, folder)
     theirs = run("llama.cpp", gguf, 8 * args.tokens, None)
     rows.append(compare("fits", run("ours", silu_twin(small).path, 8 * args.tokens, None), theirs, 0.8))
