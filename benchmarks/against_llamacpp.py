@@ -210,7 +210,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(program: str, path: Path, tokens: int, memory: int | None, **more: Any) -> dict[str, Any]:
-    """A worker's answer, with what its cgroup was charged; `more`: a sparse run's shape, layers, and whether it is sketched."""
+    """A worker's answer, with what its cgroup was charged; `more`: of a sparse run, see `worker`."""
     job = {"program": program, "path": str(path), "tokens": tokens, "memory": memory, "shape": None, "sketched": False}
     job |= more
     if path.is_file():
