@@ -28,7 +28,7 @@ RUN = {
     "rows",
 }
 ROW = {"mode", "ms", "compute_ms", "wait_ms", "manage_ms", "predict_ms", "bytes", "reads"}
-WAYS = ["naive", "hybrid", "resident4", "flash", "flash, no look-ahead", "perfect look-ahead"]
+WAYS = ["naive", "hybrid", "resident4", "flash", "flash, no look-ahead", "perfect look-ahead", "sketch"]
 # Enough of each step of mac.py to see that it went to its end.
 STEPS = {
     "pools": {"bfloat16_alias", "late_async_eval", "other_rows", "moves_adding_held"},
@@ -175,12 +175,12 @@ def test_our_half_of_the_comparison_runs_without_llama_cpp(folder):
     path = folder / "worker.flash"
     benchmark("shapes", "tiny-llama-relu", path)
     job = {"program": "ours", "path": str(path), "tokens": 2, "memory": 90_000_000, "layers": None}
-    sparse, exact = (
-        json.loads(llama(folder, "--worker", json.dumps(job | {"shape": shape})).stdout)
-        for shape in ("tiny-llama-relu", None)
+    sparse, sketch, exact = (
+        json.loads(llama(folder, "--worker", json.dumps(job | {"shape": shape, "sketched": sketched})).stdout)
+        for shape, sketched in (("tiny-llama-relu", False), ("tiny-llama-relu", True), (None, False))
     )
-    assert len(sparse["seconds"]) == len(exact["seconds"]) == 2
-    assert exact["bytes"] > sparse["bytes"] > 0
+    assert len(sparse["seconds"]) == len(sketch["seconds"]) == len(exact["seconds"]) == 2
+    assert exact["bytes"] > sparse["bytes"] > sketch["bytes"] > 0
 
 
 def test_a_checkpoint_of_pytorchs_converts_and_generates_in_a_cgroup(tmp_path):
