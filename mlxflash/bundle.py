@@ -487,7 +487,7 @@ def _check_calibration(data: dict[str, Any], num_layers: int, where: str) -> Non
             _get(figures, key, str, f"{where}, rounding")
     if "sketch" in data:
         figures = _get(data, "sketch", dict, f"{where}, calibration")
-        numbers.append(figures.get("kl"))
+        numbers += [figures.get("kl"), *_get(figures, "bits", list, f"{where}, sketch")]
         _check_misses(figures.get("misses"), num_layers, f"{where}, misses of sketch")
     for number in numbers:
         if not (_is_int(number) or isinstance(number, float)) or not math.isfinite(number):

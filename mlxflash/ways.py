@@ -116,7 +116,8 @@ def fastest(ways: list[Way]) -> tuple[Way, str]:
     ways = [way for way in ways if way.level is not None and way.level.met] or ways
     if len(ways) == 1:
         return ways[0], ""
-    if all(way.expected is not None for way in ways):
+    timed = all(way.expected is not None for way in ways)
+    if timed:
         cost = {id(way): way.expected.seconds if way.expected else 0.0 for way in ways}
         said = {id(way): f"{way.predictor} {1e3 * cost[id(way)]:.1f} ms" for way in ways}
     elif all(way.reads is not None for way in ways):
@@ -126,7 +127,9 @@ def fastest(ways: list[Way]) -> tuple[Way, str]:
         return ways[0], ""
     ways = sorted(ways, key=lambda way: cost[id(way)])
     words = [said[id(way)] for way in ways]
-    return ways[0], f"  predictor: {words[0]} per token, {', '.join(words[1:])}"
+    return ways[
+        0
+    ], f"  predictor: {words[0]} per token, {', '.join(words[1:])}{'' if timed else ', once memory is full'}"
 
 
 def forecast_of(
