@@ -14,7 +14,7 @@ A predictor of the paper's size and ranks runs beside it in every layer, its mem
 ids are released only when a predictor a layer ahead could have named them, its late ids when the one inside the layer
 could, each after the predictor's products. `flash, no look-ahead` and `perfect look-ahead` (every late id early: a
 bound, no predictor does that) stand beside it; `sketch` has copies of what makes the activations in SKETCH_BITS in
-memory, as `calibrate --predictor sketch` makes them, reads the down rows of the same late ids, and looks not ahead.
+memory, as `calibrate --predictor sketch` makes them, and reads the down rows of the same ids, with and without.
 
 Limits are fio's rates, our own reader's where there is no fio, and the memory rate of the device that computes.
 
@@ -100,13 +100,17 @@ class Paced:
 
     def ahead(self, sets: Sets, rng: np.random.Generator) -> LookAhead:
         """What looks a layer ahead: a map of our rank, then the next layer's matrices, answering with other sets."""
-        d_model = self._down.weight.shape[1]
-        rank = min(RANK, d_model // WIDTH_PER_RANK)
-        vectors, down = rng.normal(size=(2, d_model)), rng.normal(size=(rank, d_model))
-        fit = Fit(*vectors.astype(np.float32), down.astype(np.float32), down.T.astype(np.float32))
-        twin: Any = object.__new__(Paced)
-        twin.__dict__.update(self.__dict__, sets=sets, nbytes=0, token=0)
-        return LookAhead(self.backend, fit, twin)
+        return looking(self, self._down.weight.shape[1], sets, rng)
+
+
+def looking(predictor: Any, d_model: int, sets: Sets, rng: np.random.Generator) -> LookAhead:
+    """A map of our rank before a twin of the next layer's predictor that answers with other sets."""
+    rank = min(RANK, d_model // WIDTH_PER_RANK)
+    vectors, down = rng.normal(size=(2, d_model)), rng.normal(size=(rank, d_model))
+    fit = Fit(*vectors.astype(np.float32), down.astype(np.float32), down.T.astype(np.float32))
+    twin: Any = object.__new__(type(predictor))
+    twin.__dict__.update(predictor.__dict__, sets=sets, nbytes=0, token=0)
+    return LookAhead(predictor.backend, fit, twin)
 
 
 class Drawn(Sketch):
@@ -119,6 +123,7 @@ class Drawn(Sketch):
         mx.eval(matrices, scales)
         products = [(Matrix(m, scales, scales + 0, SKETCH_BITS, 64), zeros) for m in matrices]
         super().__init__(backend, ffn, products, zeros)
+        self.backend, self.width = backend, ffn.d_model
         self.sets, self.layer, self.token = sets, layer, 0
 
     @classmethod
@@ -139,6 +144,10 @@ class Drawn(Sketch):
             return named
 
         return ids
+
+    def ahead(self, sets: Sets, rng: np.random.Generator) -> LookAhead:
+        """As Paced's."""
+        return looking(self, self.width, sets, rng)
 
 
 def run_flash(
@@ -178,7 +187,8 @@ def run_flash(
             link(model, trace.sets[early])
         model.flash.mode = "replayed trace"
         name = {None: "flash, no look-ahead", "early": "flash", "late": "perfect look-ahead"}[early]
-        name = "sketch" if sketched else name
+        if sketched:
+            name = name.replace("flash", "sketch")
         read = model.flash.snapshot().num_bytes
         with timed_copies() as copies:
             outcome = decode(model, tokens, warm, name + (", host tier" if host_memory_size else ""))
@@ -388,9 +398,10 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             return run_flash(bundle, args.memory, many, warm, backend, trace, shape.activity, early, host)
 
         outcomes += [flash("early"), flash(None), flash("late")]
-        outcomes.append(
-            run_flash(bundle, args.memory, many, warm, backend, trace, shape.activity, early=None, sketched=True)
-        )
+        for early in ("early", None):
+            outcomes.append(
+                run_flash(bundle, args.memory, many, warm, backend, trace, shape.activity, early, sketched=True)
+            )
         if isinstance(backend, DeviceBackend):
             backend.waits = True  # their time alone, at the price of what they overlap
             outcomes.append(flash("early"))

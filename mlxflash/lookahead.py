@@ -15,7 +15,7 @@ import numpy as np
 
 from mlxflash.backends import Backend, Matrix
 from mlxflash.bundle import BundleError
-from mlxflash.predictor import Ids, Projection, save_arrays
+from mlxflash.predictor import Ids, Predictor, save_arrays
 
 RANK, WIDTH_PER_RANK = 64, 16  # of the map: at most 64, and no more than it is worth in a narrow model
 TOKENS_PER_RANK = 16  # fewer, and the map fits the text it was made from
@@ -27,7 +27,7 @@ AHEAD_MARGIN = -0.25  # in standard errors; a unit named in vain is a read, one 
 class LookAhead:
     """Runs in one layer on its FFN's input and names the units of the next layer."""
 
-    def __init__(self, backend: Backend, fit: "Fit", then: Projection):
+    def __init__(self, backend: Backend, fit: "Fit", then: Predictor):
         self._backend, self._then = backend, then
         self._scale, self._offset = (backend.operand(mx.array(a)) for a in (fit.scale, fit.offset))
         self._down, self._up = (Matrix(mx.array(m.astype(np.float16, order="C"))) for m in (fit.down, fit.up))

@@ -200,7 +200,7 @@ def _link(flash: Flash, way: Way, ffn: FFN, cuts: Cuts | None) -> None:
         here.after = there
     if flash.predictor == "all":  # the next token begins where this one ends
         flash.layers[-1].after = flash.layers[0]
-    if way.look_ahead and flash.predictor in ("low-bit", "oracle"):
+    if way.look_ahead and flash.predictor in ("low-bit", "sketch", "oracle"):
         _look_ahead(flash.layers, flash.bundle, flash.backend, ffn, cuts)
 
 
@@ -224,9 +224,13 @@ def _look_ahead(layers: list[FlashLayer], bundle: Bundle, backend: Backend, ffn:
         raise BundleError(f"{bundle.path}: {len(files)} look-ahead files for {bundle.num_layers} layers; calibrate")
     for i, (file, (here, there)) in enumerate(zip(files, pairwise(layers), strict=True), 1):
         fit, shift, error = read_look_ahead(file, bundle.manifest.d_model, there.units)
+        least = cuts[i][1] if cuts else np.float32(0)
+        if isinstance(there.predictor, Sketch):
+            here.next, here.ahead = there, LookAhead(backend, fit, there.predictor.above(least - AHEAD_MARGIN * error))
+            continue
         assert isinstance(there.predictor, Projection)
         bias = ffn.offset(there.source.resident.get(f"{ffn.first}_bias"), there.units)
-        offset = np.asarray(bias - shift + AHEAD_MARGIN * error - (cuts[i][1] if cuts else 0), np.float32)
+        offset = np.asarray(bias - shift + AHEAD_MARGIN * error - least, np.float32)
         here.next, here.ahead = there, LookAhead(backend, fit, there.predictor.at(offset))
 
 

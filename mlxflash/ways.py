@@ -79,7 +79,8 @@ def _planned(predictor: str, levels: list[Level], predicted: bool, terms: Terms,
     bundle, backend, wishes = means.bundle, means.backend, terms.wishes
     ahead = wishes.look_ahead
     if ahead is None:
-        ahead = means.direct and predictor == "low-bit" and "look-ahead" in bundle.predictors()
+        able = predictor == "low-bit" or (predictor == "sketch" and bundle.manifest.layout == "plain")
+        ahead = means.direct and able and "look-ahead" in bundle.predictors()
     beside = sum(p.nbytes for p in terms.own) if terms.own else 0
     beside += sum(f.stat().st_size for f in bundle.predictor_files("look-ahead")) if ahead else 0
     sketched = terms.sketched(predictor)

@@ -47,7 +47,8 @@ class Wishes:
             )
         else:
             levels = []
-        if self.look_ahead and predictor in ("low-rank", "sketch", "bound"):
+        gated = predictor == "sketch" and bundle.manifest.layout != "plain"  # whose products the fit does not foresee
+        if self.look_ahead and (gated or predictor in ("low-rank", "bound")):
             raise ValueError("look-ahead is fitted to the low-bit predictor; use it, or no look-ahead")
         return Terms(self, own, {predictor: levels} | self._rivals(bundle, predictor))
 

@@ -28,7 +28,8 @@ RUN = {
     "rows",
 }
 ROW = {"mode", "ms", "compute_ms", "wait_ms", "manage_ms", "predict_ms", "bytes", "reads"}
-WAYS = ["naive", "hybrid", "resident4", "flash", "flash, no look-ahead", "perfect look-ahead", "sketch"]
+WAYS = ["naive", "hybrid", "resident4", "flash", "flash, no look-ahead", "perfect look-ahead"]
+WAYS += ["sketch", "sketch, no look-ahead"]
 # Enough of each step of mac.py to see that it went to its end.
 STEPS = {
     "pools": {"bfloat16_alias", "late_async_eval", "other_rows", "moves_adding_held"},

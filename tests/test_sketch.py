@@ -123,6 +123,23 @@ def test_prompts_and_few_tokens(library, backend, direct):
     assert_same_logits(np.concatenate(got), want, TOLERANCE[mx.float16])
 
 
+def test_it_looks_ahead_and_stays_the_same(library, tmp_path):
+    """The map that calibrating the low-bit predictor fitted names a sketch's units a layer early too."""
+    path = shutil.copytree(sketched(library, WIDE), tmp_path / "ours.flash")
+    shutil.copytree(library.calibrated(WIDE) / "predictors" / "look-ahead", path / "predictors" / "look-ahead")
+    tokens = prompt_of(16)
+    with load(path, "native", "part", "sketch", direct=True, look_ahead=True) as model:
+        got, layers = decoded(model, tokens), model.flash.layers
+        x, named = mx.random.normal((1, WIDE.d_model), key=mx.random.key(0)), []
+        for layer in layers[:-1]:
+            early = layer.ahead.start(x)()
+            named.append((len(early), layer.next.units))
+    assert_same_logits(got, reference(path).logits(tokens), TOLERANCE[mx.float16])
+    assert all(0 < n < units for n, units in named)
+    with load(path, "native", "part", "sketch", direct=True, look_ahead=False) as model:
+        assert all(layer.ahead is None for layer in model.flash.layers)
+
+
 def test_the_law_notices(library):
     """With another layer's copy the logits are others."""
     path = sketched(library)
