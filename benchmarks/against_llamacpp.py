@@ -179,7 +179,7 @@ def feed_ours(path: Path, tokens: int, memory: int | None, shape: Shape | None, 
         bundle = Bundle.open(path)
         trace = synthetic(shape.layers, shape.ffn, tokens + WINDOW_WARM, shape.activity)
         many = np.full(tokens + WINDOW_WARM, 5)
-        settings = many, WINDOW_WARM, make_backend("cpu"), trace, shape.activity, "early"
+        settings = many, WINDOW_WARM, make_backend("cpu"), trace, shape.activity, None if sketched else "early"
         o = run_flash(bundle, str(memory), *settings, foresee=False, sketched=sketched)
         return {"seconds": o.seconds, "bytes": o.bytes_per_token, "plan": o.plan, "ready_s": o.ready_s}
     begin = time.perf_counter()

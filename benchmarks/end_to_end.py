@@ -398,7 +398,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             return run_flash(bundle, args.memory, many, warm, backend, trace, shape.activity, early, host)
 
         outcomes += [flash("early"), flash(None), flash("late")]
-        for early in ("early", None):
+        for early in (None,) if "gate" in manifest.record else ("early", None):  # gated sketches look not ahead
             outcomes.append(
                 run_flash(bundle, args.memory, many, warm, backend, trace, shape.activity, early, sketched=True)
             )
