@@ -3,6 +3,7 @@
 Happy paths are processes. Refusals run `main` in this process, its descriptors captured, because there are many.
 """
 
+import functools
 import json
 import os
 import resource
@@ -146,7 +147,8 @@ def test_text_appears_while_it_is_generated():
 def test_an_interrupt_ends_quietly():
     args = [sys.executable, "-m", "mlxflash", "generate", "-p", "Once upon a time", "-m", "400"]
     args += ["--memory", "26MB", "--exact"]  # which takes its time
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so where tests run in the background
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard) as run:
         assert run.stdout.read(5)
         run.send_signal(signal.SIGINT)
         assert run.communicate()[1] == b"\n"
