@@ -76,8 +76,9 @@ def load_bundle(
     `calibrate --sparsity` measured it (lossy; None or 0: none).
     margin: instead of a level, flag every unit whose estimate exceeds minus this many of its standard errors (low-bit;
     log-odds for low-rank). check_reads: compare every record read with its checksum.
-    look_ahead: ask for the next layer's units while this one computes; of low-bit predictors (None: where reads wait
-    for a disk, the bundle was calibrated for it, and the forecast with it is the shorter one).
+    look_ahead: ask for the next layer's units while this one computes; of low-bit predictors and plain layers'
+    sketches (None: where reads wait for a disk, the bundle was calibrated for it, and the forecast with it is the
+    shorter one).
     all_rows: compute all units that are held, whatever a stored predictor says of them (None: or only those predicted,
     at the price measured with nothing held, where that is forecast to be faster).
     direct: bypass the page cache (None: when what streams is more than 0.7 of the memory available).

@@ -2,9 +2,10 @@
 
 A low-bit predictor estimates each unit's activation, to decide whether its record is worth a read, and then throws the
 estimate away. Here it stays: the copies are rounded so that their products with the inputs that the layer really gets
-err least, which makes 3 bits as good as 5 rounded to the nearest. A unit then needs only its `down` row: half of a
-plain record, a third of a gated one, is read, held and computed with, so that the same memory holds two or three times
-as many units. What this costs is measured like every level of fidelity; each layer gets as many bits as it wants.
+err least: 3 bits then cost a third to a fifth of what 3 rounded to the nearest do (RESULTS.md). A unit then needs only
+its `down` row: half of a plain record, a third of a gated one, is read, held and computed with, so that the same memory
+holds two or three times as many units. What this costs is measured like every level of fidelity; each layer gets as
+many bits as it wants.
 
 Source of the rounding: GPTQ (arXiv 2210.17323), section 3: columns are rounded one after another, and what is lost goes
 to those still to come, as the inputs' covariance says.
